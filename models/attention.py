@@ -1,0 +1,216 @@
+"""What an attention policy is, and the dense one (full causal or sliding window).
+
+A policy decides how a layer's queries meet keys: which rotation, which keys, which cache. The
+decoder hands it unrotated q, k, v and takes back the mixed values; it never looks at a cache.
+Policies are pytrees whose numbers are data, so changing a window or a budget does not recompile.
+"""
+
+from typing import Any, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+from ops.attention import AttentionMask, attention
+
+from models.positions import RopeScaling, apply_rope, rope_angles, rope_frequencies
+
+
+@struct.dataclass
+class Step:
+    """What one forward pass processes, and where its tokens stand in the cache.
+
+    Without a cache only ``positions`` and ``segments`` matter. With one, the new tokens take slots
+    ``start .. start + t - 1`` of each row; everything before ``start`` is visible by position, and
+    the new tokens see each other causally or, if ``tree`` is given, as it says.
+    """
+
+    positions: Any  # (b, t) positions of the new tokens, integer or real
+    segments: Any = None  # (b, t) int32 document numbers: tokens attend within their own
+    start: Any = None  # (b,) cache slot of the first new token
+    slot_positions: Any = None  # (b, s) position of every cache slot, the new tokens included
+    lengths: Any = None  # (b,) text length that length-dependent rotations are for
+    tree: Any = None  # (b, t, n) bool: which slots from tree_start on each query sees
+    tree_start: Any = None  # (b,) first scratch slot
+    extent: int | None = struct.field(pytree_node=False, default=None)  # slots that are read
+    mode: str = struct.field(pytree_node=False, default="train")  # train, prefill or decode
+    causal: bool = struct.field(pytree_node=False, default=True)
+
+
+@runtime_checkable
+class LayerCache(Protocol):
+    """What a policy asks of one layer's cache."""
+
+    def append(self, k: Array, v: Array, start: Array) -> "LayerCache":
+        """Write new keys and values (b, t, g, d) at each row's slot ``start``."""
+        ...
+
+    def read(self, extent: int | None) -> tuple[Array, Array]:
+        """Keys and values (b, s, g, d) of the first ``extent`` slots (None: all)."""
+        ...
+
+
+@struct.dataclass
+class Attended:
+    """One layer's attention: mixed values, and what the policy wants to keep or report."""
+
+    out: Float[Array, "b t h dv"]
+    cache: Any = None
+    lse: Any = None  # (b, t, h) float32, on request
+    aux: Any = None
+
+
+@runtime_checkable
+class AttentionPolicy(Protocol):
+    """How queries meet keys; see the module docstring."""
+
+    def per_layer(self, num_layers: int) -> Any:
+        """A pytree with a leading layer axis, sliced for ``attend``; None if layers are alike."""
+        ...
+
+    def prepare(self, cfg: Any, step: Step) -> Any:
+        """What all layers share in one forward pass: rotations, tables, masks."""
+        ...
+
+    def attend(
+        self,
+        layer: Any,
+        shared: Any,
+        q: Array,
+        k: Array,
+        v: Array,
+        x: Array,
+        step: Step,
+        cache: Any,
+    ) -> Attended:
+        """Mix: ``layer`` is this layer's slice of :meth:`per_layer`, ``x`` its normed input."""
+        ...
+
+
+@struct.dataclass
+class Rope:
+    """Rotations of one forward pass: q and k may differ in position, scale and moment.
+
+    With ``rotate_cached_keys`` keys are stored raw and ``k_angles`` cover the whole cache, for
+    schemes whose frequencies change while the text grows (dynamic NTK, CLEX).
+    """
+
+    q_angles: tuple[Any, Any]  # cos, sin: (b, t, dim)
+    k_angles: tuple[Any, Any]
+    q_scale: Any = None  # broadcasts against (b, t, h, d)
+    k_scale: Any = None
+    rotate_cached_keys: bool = struct.field(pytree_node=False, default=False)
+
+    def rotate_q(self, q: Float[Array, "b t h d"]) -> Float[Array, "b t h d"]:
+        """Rotated (and scaled) queries."""
+        return _scaled(apply_rope(q, *self.q_angles), self.q_scale)
+
+    def rotate_k(self, k: Float[Array, "b s g d"]) -> Float[Array, "b s g d"]:
+        """Rotated (and scaled) keys."""
+        return _scaled(apply_rope(k, *self.k_angles), self.k_scale)
+
+
+def _scaled(x: Array, scale: Any) -> Array:
+    return x if scale is None else x * scale.astype(x.dtype)
+
+
+def make_rope(
+    scaling: RopeScaling, rotary_dim: int, base: float, step: Step, has_cache: bool
+) -> Rope:
+    """The rotation of one pass for a registered scheme.
+
+    Schemes that depend on the current length keep keys raw in the cache and rotate all of them
+    with the frequencies of ``step.lengths``, so that old and new keys agree.
+    """
+    by_length = scaling.rope_type in ("dynamic", "longrope")
+    lengths = None
+    if by_length:
+        lengths = jnp.max(step.positions, 1) + 1 if step.lengths is None else step.lengths
+    inv_freq, factor = rope_frequencies(scaling, rotary_dim, base, lengths)
+    angles = rope_angles(step.positions, inv_freq, factor)
+    if not (by_length and has_cache):
+        return Rope(q_angles=angles, k_angles=angles)
+    slots = step.slot_positions[:, : step.extent]
+    return Rope(angles, rope_angles(slots, inv_freq, factor), rotate_cached_keys=True)
+
+
+@struct.dataclass
+class DensePolicy:
+    """Full attention, causal or not, within an optional sliding window per layer.
+
+    A window w lets query i see keys j with ``0 <= i - j < w``. ``windows`` holds one per layer;
+    layers without a window carry a number beyond any position.
+    """
+
+    windows: Int[Array, " layers"] | None = None
+    implementation: str = struct.field(pytree_node=False, default="auto")
+
+    def per_layer(self, num_layers: int) -> Int[Array, " layers"] | None:
+        """The windows.
+
+        Raises:
+            ValueError: the number of windows is not the number of layers.
+        """
+        if self.windows is not None and self.windows.shape != (num_layers,):
+            raise ValueError(
+                f"the policy has {self.windows.shape} windows for {num_layers} layers: give one per layer."
+            )
+        return self.windows
+
+    def prepare(self, cfg: Any, step: Step) -> Rope | None:
+        """The rotations of ``cfg.rope`` (None for models with learned positions)."""
+        if cfg.position != "rope":
+            return None
+        return make_rope(cfg.rope, cfg.rotary_dim, cfg.rope_base, step, step.start is not None)
+
+    def attend(
+        self,
+        layer: Any,
+        shared: Rope | None,
+        q: Float[Array, "b t h d"],
+        k: Float[Array, "b t g d"],
+        v: Float[Array, "b t g dv"],
+        x: Any,
+        step: Step,
+        cache: Any,
+    ) -> Attended:
+        """See :class:`AttentionPolicy`."""
+        if shared is not None:
+            q = shared.rotate_q(q)
+            if not (shared.rotate_cached_keys and cache is not None):
+                k = shared.rotate_k(k)
+        if cache is not None:
+            cache = cache.append(k, v, step.start)
+            k, v = cache.read(step.extent)
+            if shared is not None and shared.rotate_cached_keys:
+                k = shared.rotate_k(k)
+        mask = dense_mask(step, layer, cached=cache is not None)
+        out = attention(q, k, v, mask=mask, implementation=self.implementation)
+        return Attended(out=out, cache=cache)
+
+
+def dense_mask(step: Step, window: Any, cached: bool) -> AttentionMask:
+    """What the queries of this step may see, with or without a cache."""
+    if not cached:
+        # Order is that of the sequence, whatever positions the rotation is given; leaving them out
+        # of the mask lets the causal half be skipped when the program is built.
+        return AttentionMask(
+            window=window,
+            q_segments=step.segments,
+            k_segments=step.segments,
+            causal=step.causal,
+        )
+    tree = step.tree
+    if tree is not None and window is not None:
+        # Scratch slots are ruled by the tree alone, so the window is folded into it.
+        nodes = step.tree_start[:, None] + jnp.arange(tree.shape[2])[None]
+        depths = jnp.take_along_axis(step.slot_positions, nodes, axis=1)
+        tree = tree & (step.positions[:, :, None] - depths[:, None, :] < window)
+    return AttentionMask(
+        q_positions=step.positions,
+        k_positions=step.slot_positions[:, : step.extent],
+        window=window,
+        lengths=step.start + step.positions.shape[1],
+        tree=tree,
+        tree_start=None if tree is None else step.tree_start,
+        causal=step.causal,
+    )

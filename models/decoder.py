@@ -1,0 +1,370 @@
+"""One decoder-only transformer for the Llama, Qwen, Mistral and GPT-2 families.
+
+Pure functions over a parameter pytree. Layers of one structure are stacked into segments:
+training scans them, decoding unrolls them after :func:`unstack`. A layer is public as
+``layers.project``, ``policy.attend`` and ``layers.finish``, for methods that change the stream
+inside a layer.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from models.attention import AttentionPolicy, DensePolicy, Step
+from models.layers import (
+    ACTIVATIONS,
+    Norm,
+    finish,
+    layer_specs,
+    norm_specs,
+    normalize,
+    project,
+)
+from models.params import Normal, ParamSpec
+from models.positions import RopeScaling
+from ops.weights import Weight, matmul, open_block, take
+
+NO_WINDOW = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Static shape and style of a decoder; hashable, so it can be a jit-static argument.
+
+    ``windows`` gives a sliding window per layer (None entries: full attention); ``position`` is
+    ``rope`` or ``learned``; ``norm`` is ``rms`` or ``layer`` (with bias); ``activation`` is
+    ``silu``, ``gelu`` or ``gelu_tanh``, gated (SwiGLU) if ``gated_mlp``.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_length: int
+    activation: str = "silu"
+    gated_mlp: bool = True
+    norm: str = "rms"
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tied: bool = True
+    position: str = "rope"
+    rope_base: float = 10000.0
+    rotary_fraction: float = 1.0
+    rope: RopeScaling = RopeScaling()
+    windows: tuple[int | None, ...] | None = None
+    causal: bool = True
+    init_stddev: float = 0.02
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}."
+            )
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"unknown activation {self.activation!r}: use one of {', '.join(ACTIVATIONS)}."
+            )
+        if self.norm not in ("rms", "layer") or self.position not in ("rope", "learned"):
+            raise ValueError(
+                f"norm must be rms or layer and position rope or learned, got {self.norm!r}, {self.position!r}."
+            )
+        if self.windows is not None and len(self.windows) != self.num_layers:
+            raise ValueError(
+                f"windows has {len(self.windows)} entries for {self.num_layers} layers."
+            )
+
+    @property
+    def rotary_dim(self) -> int:
+        """Width of the rotated part of a head."""
+        return int(self.head_dim * self.rotary_fraction)
+
+
+@struct.dataclass
+class Segment:
+    """A run of layers of one structure: stacked along axis 0, or a single unstacked layer."""
+
+    layers: Any
+    count: int = struct.field(pytree_node=False, default=1)
+    stacked: bool = struct.field(pytree_node=False, default=True)
+
+
+@struct.dataclass
+class Params:
+    """All weights. ``head`` is None when it is tied to ``embed``."""
+
+    embed: Weight  # (vocab, hidden)
+    segments: tuple[Segment, ...]
+    final_norm: Norm
+    head: Weight = None  # (hidden, vocab)
+    position_embed: Weight = None  # (max_length, hidden)
+
+
+def specs(cfg: Config) -> Params:
+    """The abstract parameters of a decoder: one stacked segment of all layers."""
+    layers = jax.tree.map(lambda s: s.stacked(cfg.num_layers), layer_specs(cfg))
+    std = cfg.init_stddev
+    return Params(
+        embed=ParamSpec((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"), Normal(std)),
+        segments=(Segment(layers, count=cfg.num_layers),),
+        final_norm=norm_specs(cfg, cfg.hidden_size),
+        head=None
+        if cfg.tied
+        else ParamSpec((cfg.hidden_size, cfg.vocab_size), ("embed", "vocab"), Normal(std)),
+        position_embed=ParamSpec((cfg.max_length, cfg.hidden_size), (None, "embed"), Normal(std))
+        if cfg.position == "learned"
+        else None,
+    )
+
+
+def unstack(params: Params) -> Params:
+    """The same parameters with every layer its own segment, for unrolled decoding."""
+    segments = []
+    for segment in params.segments:
+        if not segment.stacked:
+            segments.append(segment)
+            continue
+        for i in range(segment.count):
+            layer = jax.tree.map(lambda x, i=i: x[i], segment.layers)
+            segments.append(Segment(layer, count=1, stacked=False))
+    return params.replace(segments=tuple(segments))
+
+
+@struct.dataclass
+class Output:
+    """What a forward pass returns; unused fields cost nothing under jit.
+
+    ``hidden_states`` holds the embeddings and every layer's output (the last one pre-norm).
+    ``taps`` maps each tap's name to its reducer's result per layer, stacked.
+    """
+
+    hidden: Float[Array, "b t width"]  # after the final norm: what the head reads
+    pre_norm: Float[Array, "b t width"]
+    cache: Any = None
+    hidden_states: Any = None
+    taps: Any = None
+    aux: Any = None
+
+
+def default_policy(cfg: Config) -> DensePolicy:
+    """Dense attention with the windows of the config."""
+    if cfg.windows is None or all(w is None for w in cfg.windows):
+        return DensePolicy()
+    return DensePolicy(jnp.asarray([NO_WINDOW if w is None else w for w in cfg.windows], jnp.int32))
+
+
+def embed(
+    params: Params, cfg: Config, tokens: Int[Array, "b t"], positions: Array
+) -> Float[Array, "b t width"]:
+    """Token embeddings, plus learned positions where the model has them."""
+    x = take(params.embed, tokens)
+    if params.position_embed is not None:
+        x = x + take(params.position_embed, positions.astype(jnp.int32))
+    return x
+
+
+def unembed(
+    params: Params, cfg: Config, hidden: Float[Array, "*batch width"]
+) -> Float[Array, "*batch vocab"]:
+    """Logits, float32, of post-norm hidden states."""
+    if params.head is None:
+        return matmul(hidden, params.embed, transpose=True).astype(jnp.float32)
+    return matmul(hidden, params.head).astype(jnp.float32)
+
+
+def forward(
+    params: Params,
+    cfg: Config,
+    tokens: Int[Array, "b t"] | None = None,
+    *,
+    embeds: Float[Array, "b t width"] | None = None,
+    step: Step | None = None,
+    policy: AttentionPolicy | None = None,
+    cache: Any = None,
+    layers: "LayerChoice | None" = None,
+    all_hidden: bool = False,
+    taps: Mapping[str, Callable[[Array], Any]] | None = None,
+    remat: bool = False,
+) -> Output:
+    """Run the decoder.
+
+    Args:
+        tokens, embeds: exactly one; ``embeds`` are layer inputs as they stand, so a forward can
+            resume from hidden states by naming the layer in ``layers``.
+        step: positions and more; default: one document per row at positions 0, 1, ...
+        policy: how queries meet keys; default :func:`default_policy`.
+        cache: a sequence with one cache per layer (params must be unstacked), or None.
+        layers: which layers to run; default all. Without a cache the choice may be traced.
+        all_hidden: return every layer's output.
+        taps: reducers by tap name (attn_in, attn_out_in, mlp_in, mlp_down_in), for calibration.
+        remat: recompute each layer in the backward pass.
+
+    Raises:
+        ValueError: both or none of tokens and embeds, or a combination that is not supported.
+    """
+    if (tokens is None) == (embeds is None):
+        raise ValueError("give exactly one of tokens and embeds.")
+    source: Any = tokens if embeds is None else embeds
+    if step is None:
+        row = jnp.arange(source.shape[1], dtype=jnp.int32)[None]
+        step = Step(jnp.broadcast_to(row, source.shape[:2]), causal=cfg.causal)
+    policy = default_policy(cfg) if policy is None else policy
+    x = embed(params, cfg, source, step.positions) if embeds is None else embeds
+    runner = _Runner(
+        cfg, policy, policy.prepare(cfg, step), step, dict(taps or {}), all_hidden, remat
+    )
+    if layers is not None and layers.traced:
+        x, kept = _run_chosen(runner, params, x, layers, cache, all_hidden)
+    else:
+        x, kept = _run_all(runner, params, x, layers, cache)
+    hidden = normalize(x, params.final_norm, cfg.norm_eps)
+    return Output(
+        hidden=hidden,
+        pre_norm=x,
+        cache=kept.cache,
+        hidden_states=jnp.concatenate([kept.first[None], kept.hidden]) if all_hidden else None,
+        taps=kept.taps,
+        aux=kept.aux,
+    )
+
+
+@struct.dataclass
+class LayerChoice:
+    """Layers ``start .. stop - 1``, or the first ``count`` entries of ``kept`` in that order.
+
+    ``start`` and ``stop`` may be Python ints (resolved when tracing) or traced numbers.
+    """
+
+    start: Any = 0
+    stop: Any = None
+    kept: Any = None  # (k,) layer indices
+    count: Any = None
+
+    @property
+    def traced(self) -> bool:
+        """Whether the choice is data rather than part of the program."""
+        return self.kept is not None or not (
+            isinstance(self.start, int) and isinstance(self.stop, int | None)
+        )
+
+
+@struct.dataclass
+class _Kept:
+    """What a run over layers leaves besides the stream."""
+
+    first: Any = None
+    cache: Any = None
+    hidden: Any = None
+    taps: Any = None
+    aux: Any = None
+
+
+@dataclasses.dataclass
+class _Runner:
+    """One layer step with everything that does not change from layer to layer."""
+
+    cfg: Config
+    policy: Any
+    shared: Any
+    step: Step
+    taps: dict[str, Callable[[Array], Any]]
+    all_hidden: bool
+    remat: bool
+
+    def layer(self, x: Array, block: Any, policy_layer: Any, cache: Any) -> tuple[Array, _Kept]:
+        sums: dict[str, Any] = {}
+
+        def tap(name: str, value: Array) -> None:
+            if name in self.taps:
+                sums[name] = self.taps[name](value)
+
+        layer = open_block(block)
+        q, k, v, normed = project(layer, self.cfg, x, tap)
+        mixed = self.policy.attend(policy_layer, self.shared, q, k, v, normed, self.step, cache)
+        x = finish(layer, self.cfg, x, mixed.out, tap)
+        return x, _Kept(
+            cache=mixed.cache, hidden=x if self.all_hidden else None, taps=sums, aux=mixed.aux
+        )
+
+
+def _run_all(
+    runner: _Runner, params: Params, x: Array, layers: LayerChoice | None, cache: Any
+) -> tuple[Array, _Kept]:
+    """All layers, or a static range of them: stacked segments scanned, others unrolled."""
+    total = sum(segment.count for segment in params.segments)
+    start, stop = (layers.start, layers.stop) if layers is not None else (0, None)
+    stop = total if stop is None else stop
+    if not 0 <= start <= stop <= total:
+        raise ValueError(f"layers {start} to {stop} are not within the model's {total}.")
+    per_layer = runner.policy.per_layer(total)
+    first, index, caches, kept = x, 0, list(cache) if cache is not None else None, []
+    for segment in params.segments:
+        low, high = max(start - index, 0), min(stop - index, segment.count)
+        here = index
+        index += segment.count
+        if low >= high:
+            continue
+        chosen = _slice(per_layer, here + low, here + high)
+        if segment.stacked:
+            if caches is not None:
+                raise ValueError(
+                    "a cache needs unstacked layers: call unstack(params) once after loading."
+                )
+            x, out = _scan_segment(runner, _slice(segment.layers, low, high), chosen, x)
+        else:
+            policy_layer = jax.tree.map(lambda leaf: leaf[0], chosen)
+            x, out = runner.layer(x, segment.layers, policy_layer, caches[here] if caches else None)
+            if caches is not None:
+                caches[here] = out.cache
+            out = jax.tree.map(lambda leaf: leaf[None], out.replace(cache=None))
+        kept.append(out.replace(cache=None))
+    merged = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *kept) if kept else _Kept()
+    return x, merged.replace(first=first, cache=tuple(caches) if caches is not None else None)
+
+
+def _scan_segment(runner: _Runner, stack: Any, chosen: Any, x: Array) -> tuple[Array, _Kept]:
+    def body(x: Array, xs: tuple) -> tuple[Array, _Kept]:
+        return runner.layer(x, xs[0], xs[1], None)
+
+    return jax.lax.scan(jax.checkpoint(body) if runner.remat else body, x, (stack, chosen))
+
+
+def _run_chosen(
+    runner: _Runner, params: Params, x: Array, layers: LayerChoice, cache: Any, all_hidden: bool
+) -> tuple[Array, _Kept]:
+    """A traced choice of layers, as a loop over their indices."""
+    if cache is not None or all_hidden or runner.taps or len(params.segments) != 1:
+        raise ValueError(
+            "a traced choice of layers runs without cache, taps or all_hidden, over one stacked "
+            "segment: give start and stop as Python ints instead."
+        )
+    stack, total = params.segments[0].layers, params.segments[0].count
+    per_layer = runner.policy.per_layer(total)
+    if layers.kept is not None:
+        lower, upper = 0, layers.kept.shape[0] if layers.count is None else layers.count
+    else:
+        lower, upper = layers.start, total if layers.stop is None else layers.stop
+
+    def body(i: Array, x: Array) -> Array:
+        index = i if layers.kept is None else layers.kept[i]
+        block, policy_layer = jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False),
+            (stack, per_layer),
+        )
+        return runner.layer(x, block, policy_layer, None)[0]
+
+    return jax.lax.fori_loop(lower, upper, body, x), _Kept(first=x)
+
+
+def _slice(tree: Any, start: int, stop: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[start:stop], tree)
