@@ -1,0 +1,1 @@
+"""Text corpora, tokenizer training, and the deterministic input pipeline of language models."""
