@@ -13,18 +13,15 @@ for one target is traced again for another. It is thread-local and holds inside 
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import jax
-
-Platform = Literal["cpu", "gpu", "tpu"]
 
 _PLATFORMS = ("cpu", "gpu", "tpu")
 _override = jax.make_user_context(default_value=None)
 
 
 @functools.cache
-def _default_platform() -> Platform:
+def _default_platform() -> str:
     """The platform of jax's default backend, looked up once per process."""
     backend = jax.default_backend()
     if backend in ("cuda", "rocm"):
@@ -32,13 +29,13 @@ def _default_platform() -> Platform:
     return backend if backend in _PLATFORMS else "cpu"
 
 
-def target_platform() -> Platform:
+def target_platform() -> str:
     """The platform that traced code will run on: the innermost `target`, else the default one."""
     return _override.value or _default_platform()
 
 
 @contextmanager
-def target(platform: Platform) -> Iterator[None]:
+def target(platform: str) -> Iterator[None]:
     """Builds everything traced inside the block for `platform`, whatever device is attached.
 
     Raises:

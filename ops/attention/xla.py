@@ -1,0 +1,108 @@
+"""Attention in plain XLA operations: the fast path on CPU and GPU, and the one that trains.
+
+Heads of one group are folded into the rows of one matrix product, so keys and values are never
+repeated. Long query runs are cut into chunks whose scores fit in cache; each chunk is
+rematerialised in the backward pass, so memory is O(chunk * s) in both directions. Where the
+causal structure is known without data (t == s, no positions) and there are few chunks, they are
+unrolled and chunk i reads only the keys up to its own end: half of the work. XLA may hold the
+scores of all unrolled chunks at once, which is why there are at most `MAX_UNROLLED` of them.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ops.attention.mask import AttentionMask
+from ops.platform import target_platform
+
+MAX_UNROLLED = 8
+"""Most causal chunks that are unrolled; with more, programs and their memory grow too large."""
+
+
+def xla_attention(
+    q: Float[Array, "b t h d"],
+    k: Float[Array, "b s g d"],
+    v: Float[Array, "b s g dv"],
+    mask: AttentionMask,
+    scale: float | Float[Array, ""],
+    *,
+    chunk: int | None = None,
+) -> tuple[Float[Array, "b t h dv"], Float[Array, "b t h"]]:
+    """softmax(scale * q k^T) v and its log-sum-exp, `chunk` queries at a time.
+
+    Scores and sums are float32; softmax weights enter the second product in v's dtype. Keys of
+    slots that no query sees may hold anything; their values must be finite.
+    """
+    t, s = q.shape[1], k.shape[1]
+    chunk = chunk or (128 if target_platform() == "cpu" else 512)
+    if t <= chunk:
+        return _attend(q, k, v, mask, scale)
+    if mask.prefix_causal(t, s) and t <= chunk * MAX_UNROLLED:
+        return _attend_prefixes(q, k, v, mask, scale, chunk)
+    return _attend_scanned(q, k, v, mask.with_positions(t, s), scale, chunk)
+
+
+def _attend(q, k, v, mask, scale):
+    """One chunk of queries with all scores in memory."""
+    b, t, h, d = q.shape
+    s, g, dv = k.shape[1], k.shape[2], v.shape[3]
+    r = h // g
+    rows = q.reshape(b, t, g, r, d).transpose(0, 2, 3, 1, 4).reshape(b, g, r * t, d)
+    scores = jnp.einsum("bgmd,bsgd->bgms", rows, k, preferred_element_type=jnp.float32)
+    visible = mask.dense(t, s)[:, :, None]
+    scores = jnp.where(visible, scores.reshape(b, g, r, t, s) * scale, -jnp.inf)
+    top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    weights = jnp.exp(scores - top)
+    total = weights.sum(axis=-1)
+    filled = total > 0
+    total = jnp.where(filled, total, 1.0)
+    weights = weights.reshape(b, g, r * t, s).astype(v.dtype)
+    out = jnp.einsum("bgms,bsgd->bgmd", weights, v, preferred_element_type=jnp.float32)
+    out = out.reshape(b, g, r, t, dv) / total[..., None]
+    lse = jnp.where(filled, top[..., 0] + jnp.log(total), -jnp.inf)
+    out = out.transpose(0, 3, 1, 2, 4).reshape(b, t, h, dv)
+    return out.astype(q.dtype), lse.transpose(0, 3, 1, 2).reshape(b, t, h)
+
+
+def _attend_prefixes(q, k, v, mask, scale, chunk):
+    """Causal chunks, unrolled: chunk i reads keys 0 .. its own end."""
+    t = q.shape[1]
+    parts = []
+    for start in range(0, t, chunk):
+        end = min(start + chunk, t)
+        part = mask.with_positions(t, t).query_slice(start, end - start)
+        part = dataclasses.replace(
+            part,
+            **{
+                name: x[:, :end]
+                for name in ("k_positions", "k_segments", "k_valid")
+                if (x := getattr(part, name)) is not None
+            },
+        )
+        attend = jax.checkpoint(_attend)
+        parts.append(attend(q[:, start:end], k[:, :end], v[:, :end], part, scale))
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), *parts)
+
+
+def _attend_scanned(q, k, v, mask, scale, chunk):
+    """Chunks of queries one after the other in a scan, the remainder after it."""
+    b, t, h, _ = q.shape
+    whole = t // chunk
+
+    @functools.partial(jax.checkpoint, static_argnums=1)
+    def attend(start, size):
+        rows = jax.lax.dynamic_slice_in_dim(q, start, size, axis=1)
+        return _attend(rows, k, v, mask.query_slice(start, size), scale)
+
+    starts = jnp.arange(whole, dtype=jnp.int32) * chunk
+    out, lse = jax.lax.map(lambda start: attend(start, chunk), starts)
+    out = jnp.moveaxis(out, 0, 1).reshape(b, whole * chunk, h, v.shape[3])
+    lse = jnp.moveaxis(lse, 0, 1).reshape(b, whole * chunk, h)
+    if whole * chunk == t:
+        return out, lse
+    rest = attend(whole * chunk, t - whole * chunk)
+    return jnp.concatenate([out, rest[0]], axis=1), jnp.concatenate([lse, rest[1]], axis=1)

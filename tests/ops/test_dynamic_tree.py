@@ -1,0 +1,168 @@
+"""EAGLE-2's builder and Clover-1's budget rule against plain Python references."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ops.dynamic_tree import Frontier, budget_level, dynamic_tree
+
+VOCAB, TOP_K, DEPTH, TOTAL = 7, 3, 3, 10
+
+
+def _log_prob_table(seed: int, coarse: bool) -> np.ndarray:
+    """Successor log-probabilities (v, v); coarse ones are full of exact ties and zeros."""
+    rng = np.random.default_rng(seed)
+    if coarse:
+        return rng.choice([0.0, -1.0, -2.0, -np.inf], (VOCAB, VOCAB), p=[0.3, 0.3, 0.3, 0.1])
+    logits = rng.normal(0, 2, (VOCAB, VOCAB))
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def _reference(table: np.ndarray, root: int) -> list[tuple[tuple[int, ...], float]]:
+    """(path of tokens, score) of every kept node in order of creation."""
+
+    def children(path: tuple[int, ...], score: float) -> list[tuple[tuple[int, ...], float]]:
+        row = table[path[-1] if path else root]
+        best = sorted(range(VOCAB), key=lambda token: -row[token])[:TOP_K]
+        return [((*path, token), float(np.float32(score + row[token]))) for token in best]
+
+    pool = children((), 0.0)
+    frontier = pool
+    for _ in range(DEPTH):
+        created = [child for path, score in frontier for child in children(path, score)]
+        pool = pool + created
+        frontier = sorted(created, key=lambda node: -node[1])[:TOP_K]
+    kept = sorted(sorted(range(len(pool)), key=lambda i: -pool[i][1])[:TOTAL])
+    return [pool[i] for i in kept]
+
+
+@jax.jit
+def _build(table: jax.Array, roots: jax.Array) -> Any:
+    """Tree of each root. The state keeps all fed tokens, so that each step can check its inputs."""
+
+    def step(state: Any, frontier: Frontier) -> Any:
+        fed, paths = state
+        at = frontier.level * TOP_K
+        fed = jax.lax.dynamic_update_slice(fed, frontier.tokens, (0, at))
+        above = jnp.take_along_axis(paths, frontier.source[..., None], axis=1)
+        own = jnp.arange(DEPTH)[None, None] == frontier.level
+        paths = jnp.where(own, frontier.tokens[..., None], above)
+        by_mask = jnp.sum(frontier.ancestors * (fed + 1)[:, None, :], axis=-1)
+        agree = jnp.all(by_mask == jnp.sum(paths + 1, axis=-1))
+        return jnp.where(agree, table[frontier.tokens], jnp.nan), (fed, paths)
+
+    batch = roots.shape[0]
+    state = jnp.zeros((batch, DEPTH * TOP_K), jnp.int32), jnp.full((batch, TOP_K, DEPTH), -1)
+    return dynamic_tree(step, table[roots], state, TOTAL, DEPTH, TOP_K)[0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), coarse=st.booleans())
+def test_dynamic_tree(seed: int, coarse: bool) -> None:
+    table = _log_prob_table(seed, coarse).astype(np.float32)
+    draft = _build(jnp.asarray(table), jnp.arange(2))
+    for row in range(2):
+        parent = np.asarray(draft.tree.parent[row])
+        tokens = np.asarray(draft.tokens[row])
+        paths: dict[int, tuple[int, ...]] = {0: ()}
+        for i, (path, score) in enumerate(_reference(table, row), start=1):
+            np.testing.assert_allclose(draft.scores[row, i], score, atol=1e-5)
+            if math.isinf(score):
+                assert tokens[i] == -1 and parent[i] == -1 and not draft.tree.valid[row, i]
+                continue
+            assert parent[i] < i and bool(draft.tree.valid[row, i])
+            paths[i] = (*paths[int(parent[i])], int(tokens[i]))
+            assert paths[i] == path
+            assert draft.scores[row, i] <= draft.scores[row, int(parent[i])]
+
+
+def test_dynamic_tree_without_expansion() -> None:
+    log_probs = jnp.log(jnp.asarray([[0.1, 0.6, 0.3]]))
+    draft, state = dynamic_tree(lambda s, f: (s, f), log_probs, "kept", 2, 0, 2)
+    assert draft.tokens.tolist() == [[-1, 1, 2]]
+    assert draft.tree.parent.tolist() == [[-1, 0, 0]]
+    assert state == "kept"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((13, 1, 3), "between 1 and .* = 12 tokens"),
+        ((0, 1, 3), "between 1 and"),
+        ((3, -1, 3), "depth >= 0"),
+        ((3, 1, 9), "top_k 9 exceeds the draft's 7 tokens"),
+    ],
+)
+def test_dynamic_tree_errors(sizes: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dynamic_tree(lambda s, f: (jnp.zeros((1, 3, 7)), s), jnp.zeros((1, 7)), None, *sizes)
+
+
+def _budget_reference(
+    probs: np.ndarray, joint: np.ndarray, valid: np.ndarray, budget: int, top_p: float, ratio: float
+) -> list[tuple[int, int]]:
+    """(parent, token) pairs kept, best first."""
+    kept = []
+    for node, row in enumerate(probs):
+        order = np.argsort(-row, kind="stable")
+        mass = 0.0
+        for token in order:
+            if not valid[node] or mass > top_p or row[token] < ratio * row[order[0]]:
+                break
+            kept.append((float(row[token] * joint[node]), node, int(token)))
+            mass += row[token]
+    return [(node, token) for _, node, token in sorted(kept, key=lambda x: -x[0])[:budget]]
+
+
+_budget = jax.jit(budget_level, static_argnames="slots")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    budget=st.integers(0, 8),
+    top_p=st.sampled_from([0.3, 0.7, 0.95]),
+    ratio=st.sampled_from([0.0, 0.25, 0.9]),
+)
+def test_budget_level(seed: int, budget: int, top_p: float, ratio: float) -> None:
+    rng = np.random.default_rng(seed)
+    probs = rng.dirichlet(np.full(6, 0.7), 3).astype(np.float32)
+    joint = rng.uniform(0.1, 1.0, 3).astype(np.float32)
+    valid = rng.random(3) < 0.8
+    found = _budget(*(jnp.asarray(x) for x in (probs, joint, valid)), budget, 8, top_p, ratio)
+    want = _budget_reference(probs, joint, valid, budget, top_p, ratio)
+    count = len(want)
+    pairs = list(
+        zip(np.asarray(found.source).tolist(), np.asarray(found.tokens).tolist(), strict=True)
+    )
+    assert pairs == want + [(-1, -1)] * (8 - count)
+    assert np.asarray(found.valid).tolist() == [True] * count + [False] * (8 - count)
+    assert int(found.budget) == budget - count
+    exact = [probs[node, token] * joint[node] for node, token in want]
+    np.testing.assert_allclose(found.joint, exact + [0.0] * (8 - count), rtol=1e-5)
+
+
+def test_budget_level_serves_every_node_first_if_asked() -> None:
+    probs = jnp.asarray([[0.6, 0.4, 0.0], [0.0, 0.1, 0.9]])
+    joint, valid = jnp.asarray([0.9, 0.05]), jnp.asarray([True, True])
+    plain = budget_level(probs, joint, valid, 2, 4)
+    assert plain.source.tolist() == [0, 0, -1, -1]
+    served = budget_level(probs, joint, valid, 2, 4, one_per_node=True)
+    assert served.source.tolist() == [0, 1, -1, -1]
+    assert served.tokens.tolist() == [0, 2, -1, -1]
+    with pytest.raises(ValueError, match="at least one slot"):
+        budget_level(probs, joint, valid, 2, 0)
+
+
+def test_budget_level_may_have_more_slots_than_candidates() -> None:
+    level = budget_level(
+        jnp.asarray([[0.7, 0.3]]), jnp.asarray([1.0]), jnp.asarray([True]), 9, 9, top_p=1.0
+    )
+    assert level.tokens.tolist() == [0, 1] + [-1] * 7
+    assert int(level.budget) == 7
