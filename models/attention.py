@@ -53,7 +53,7 @@ class LayerCache(Protocol):
 class Attended:
     """One layer's attention: mixed values, and what the policy wants to keep or report."""
 
-    out: Float[Array, "b t h dv"]
+    out: Any  # (b, t, h, dv)
     cache: Any = None
     lse: Any = None  # (b, t, h) float32, on request
     aux: Any = None
@@ -141,7 +141,7 @@ class DensePolicy:
     layers without a window carry a number beyond any position.
     """
 
-    windows: Int[Array, " layers"] | None = None
+    windows: Any = None  # (layers,) int32
     implementation: str = struct.field(pytree_node=False, default="auto")
 
     def per_layer(self, num_layers: int) -> Int[Array, " layers"] | None:

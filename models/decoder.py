@@ -148,8 +148,8 @@ class Output:
     ``taps`` maps each tap's name to its reducer's result per layer, stacked.
     """
 
-    hidden: Float[Array, "b t width"]  # after the final norm: what the head reads
-    pre_norm: Float[Array, "b t width"]
+    hidden: Any  # (b, t, width), after the final norm: what the head reads
+    pre_norm: Any  # (b, t, width)
     cache: Any = None
     hidden_states: Any = None
     taps: Any = None
@@ -232,10 +232,15 @@ def forward(
         hidden=hidden,
         pre_norm=x,
         cache=kept.cache,
-        hidden_states=jnp.concatenate([kept.first[None], kept.hidden]) if all_hidden else None,
+        hidden_states=_all_hidden(kept) if all_hidden else None,
         taps=kept.taps,
         aux=kept.aux,
     )
+
+
+def _all_hidden(kept: "_Kept") -> Array:
+    first = kept.first[None]
+    return first if kept.hidden is None else jnp.concatenate([first, kept.hidden])
 
 
 @struct.dataclass

@@ -10,7 +10,7 @@ import pathlib
 from typing import Any
 
 from models.decoder import Config
-from models.positions import RopeScaling
+from models.hf_rope import read_rope, refuse, write_rope
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gpt2")
 
@@ -43,45 +43,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "scale_attn_weights": (None, True),
     "scale_attn_by_inverse_layer_idx": (None, False),
     "use_bidirectional_attention": (None, False),
-}
-
-# Field of RopeScaling by key of config.json.
-_ROPE_FIELDS = {
-    "factor": "factor",
-    "original_max_position_embeddings": "original_max_position",
-    "beta_fast": "beta_fast",
-    "beta_slow": "beta_slow",
-    "mscale": "mscale",
-    "mscale_all_dim": "mscale_all_dim",
-    "attention_factor": "attention_factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "short_factor": "short_factor",
-    "long_factor": "long_factor",
-    "truncate": "truncate",
-}
-_ROPE_USED = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor", "original_max_position_embeddings"),
-    "yarn": (
-        *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
-        *("mscale", "mscale_all_dim", "attention_factor", "truncate"),
-    ),
-    "llama3": (
-        *("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-    ),
-    "longrope": (
-        *("factor", "original_max_position_embeddings", "short_factor", "long_factor"),
-        "attention_factor",
-    ),
-}
-_ROPE_REQUIRED = {
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": ("factor",),
-    "llama3": _ROPE_USED["llama3"],
-    "longrope": ("short_factor", "long_factor"),
 }
 
 
@@ -120,22 +81,16 @@ def from_hf(found: dict[str, Any]) -> Config:
         )
     for key, neutral in _NEUTRAL.items():
         if found.get(key) not in neutral:
-            _refuse(key, found[key])
+            refuse(key, found[key])
     return _from_gpt2(found) if family == "gpt2" else _from_llama_like(found, family)
-
-
-def _refuse(key: str, value: Any, hint: str = "this decoder does not compute it") -> None:
-    text = json.dumps(value)
-    text = text if len(text) <= 200 else f"{text[:200]}..."
-    raise ValueError(f"config.json sets {key} to {text}, which is not supported: {hint}.")
 
 
 def _integer(found: dict[str, Any], key: str) -> int:
     value = found.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(
-            f"config.json must give {key} as a positive integer, got {value!r}: restore it from the "
-            "model's original config.json."
+            f"config.json must give {key} as a positive integer, got {value!r}: restore it "
+            "from the model's original config.json."
         )
     return value
 
@@ -143,14 +98,14 @@ def _integer(found: dict[str, Any], key: str) -> int:
 def _activation(found: dict[str, Any], key: str, default: str) -> str:
     name = found.get(key, default)
     if name not in _ACTIVATIONS:
-        _refuse(key, name, f"known are {', '.join(_ACTIVATIONS)}")
+        refuse(key, name, f"known are {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
 
 def _from_gpt2(found: dict[str, Any]) -> Config:
     hidden, heads = _integer(found, "n_embd"), _integer(found, "n_head")
     if hidden % heads:
-        _refuse("n_head", heads, f"it does not divide n_embd {hidden}")
+        refuse("n_head", heads, f"it does not divide n_embd {hidden}")
     inner = found.get("n_inner")
     return Config(
         vocab_size=_integer(found, "vocab_size"),
@@ -176,24 +131,22 @@ def _from_gpt2(found: dict[str, Any]) -> Config:
 
 def _from_llama_like(found: dict[str, Any], family: str) -> Config:
     hidden, heads = _integer(found, "hidden_size"), _integer(found, "num_attention_heads")
-    head_dim = found.get("head_dim")
-    if head_dim is None:
-        if family == "qwen3":
-            head_dim = 128  # the family's own default; the others divide
-        elif hidden % heads:
-            _refuse("num_attention_heads", heads, f"it does not divide hidden_size {hidden}")
-        else:
-            head_dim = hidden // heads
-    else:
+    if found.get("head_dim") is not None:
         head_dim = _integer(found, "head_dim")
+    elif family == "qwen3":
+        head_dim = 128  # the family's own default; the others divide
+    else:
+        head_dim = hidden // heads
+        if hidden % heads:
+            refuse("num_attention_heads", heads, f"it does not divide hidden_size {hidden}")
     if family == "llama" and found.get("num_key_value_heads") is None:
         kv_heads = heads
     else:
         kv_heads = _integer(found, "num_key_value_heads")
     if found.get("attention_bias") and family in ("qwen2", "mistral"):
-        _refuse("attention_bias", True, f"the {family} family has no such switch")
+        refuse("attention_bias", True, f"the {family} family has no such switch")
     if found.get("mlp_bias") and family != "llama":
-        _refuse("mlp_bias", True, f"the {family} family has no such switch")
+        refuse("mlp_bias", True, f"the {family} family has no such switch")
     attention_bias = bool(found.get("attention_bias", False))
     layers, max_length = (
         _integer(found, "num_hidden_layers"),
@@ -228,10 +181,10 @@ def _read_windows(found: dict[str, Any], family: str, layers: int) -> tuple[int 
     types = found.get("layer_types")
     if types is not None:
         if len(types) != layers:
-            _refuse("layer_types", types, f"it needs one entry for each of the {layers} layers")
+            refuse("layer_types", types, f"it needs one entry for each of the {layers} layers")
         for name in types:
             if name not in ("full_attention", "sliding_attention"):
-                _refuse("layer_types", name, "known are full_attention and sliding_attention")
+                refuse("layer_types", name, "known are full_attention and sliding_attention")
     if family == "mistral":
         # An absent key means the family's default; null means no window.
         window = found.get("sliding_window", 4096)
@@ -239,7 +192,7 @@ def _read_windows(found: dict[str, Any], family: str, layers: int) -> tuple[int 
     elif family == "llama":
         window, sliding = found.get("sliding_window"), [False] * layers
         if window is not None:
-            _refuse("sliding_window", window, "the llama family attends to everything")
+            refuse("sliding_window", window, "the llama family attends to everything")
     else:
         window = found.get("sliding_window") if found.get("use_sliding_window") else None
         first = found.get("max_window_layers", 28)
@@ -247,51 +200,12 @@ def _read_windows(found: dict[str, Any], family: str, layers: int) -> tuple[int 
     if types is not None:
         named = [name == "sliding_attention" for name in types]
         if named != sliding and (family in ("mistral", "llama") or (any(named) and window is None)):
-            _refuse("layer_types", types, "it contradicts sliding_window and use_sliding_window")
+            refuse("layer_types", types, "it contradicts sliding_window and use_sliding_window")
         sliding = named
     if window is None or not any(sliding):
         return None
     width = _integer(found, "sliding_window") if "sliding_window" in found else window
     return tuple(width if one else None for one in sliding)
-
-
-def read_rope(found: dict[str, Any], max_length: int) -> tuple[float, RopeScaling]:
-    """Base and scaling from ``rope_parameters``, or from ``rope_theta`` and ``rope_scaling``.
-
-    Raises:
-        ValueError: an unknown or incomplete scheme, or two styles that contradict each other.
-    """
-    key = "rope_parameters" if found.get("rope_parameters") is not None else "rope_scaling"
-    given = dict(found.get(key) or {})
-    base = given.pop("rope_theta", found.get("rope_theta", 10000.0))
-    if "rope_theta" in found and found["rope_theta"] != base:
-        _refuse("rope_theta", found["rope_theta"], f"rope_parameters says {base}; keep one of them")
-    if any(isinstance(value, dict) for value in given.values()):
-        _refuse(key, given, "settings per layer type are not carried")
-    kind = given.pop("rope_type", given.get("type", "default"))
-    given.pop("type", None)
-    if kind not in _ROPE_USED:
-        _refuse(f"{key}.rope_type", kind, f"known are {', '.join(_ROPE_USED)}")
-    if given.pop("partial_rotary_factor", 1.0) != 1.0:
-        _refuse(f"{key}.partial_rotary_factor", found[key]["partial_rotary_factor"])
-    if "original_max_position_embeddings" in found:
-        given.setdefault(
-            "original_max_position_embeddings", found["original_max_position_embeddings"]
-        )
-    for name in _ROPE_REQUIRED.get(kind, ()):
-        if given.get(name) is None:
-            raise ValueError(
-                f"config.json sets {key}.rope_type to {kind!r} without {name}: add {name} to it."
-            )
-    values = {n: given[n] for n in _ROPE_USED[kind] if given.get(n) is not None}
-    if "original_max_position_embeddings" in _ROPE_USED[kind]:
-        values.setdefault("original_max_position_embeddings", max_length)
-    if kind == "longrope":
-        values.setdefault("factor", max_length / values["original_max_position_embeddings"])
-        for table in ("short_factor", "long_factor"):
-            values[table] = tuple(float(x) for x in values[table])
-    fields = {_ROPE_FIELDS[name]: value for name, value in values.items()}
-    return float(base), RopeScaling(rope_type=kind, **fields)
 
 
 def family_of(cfg: Config) -> str:
@@ -385,7 +299,7 @@ def to_hf(cfg: Config, dtype: str = "float32") -> dict[str, Any]:
         "hidden_act": _EXPORTED_ACTIVATIONS[cfg.activation],
         "rms_norm_eps": cfg.norm_eps,
         **_family_switches(cfg, family),
-        **_write_rope(cfg),
+        **write_rope(cfg.rope_base, cfg.rope),
     }
 
 
@@ -395,26 +309,12 @@ def _family_switches(cfg: Config, family: str) -> dict[str, Any]:
     width = next((w for w in cfg.windows or () if w is not None), None)
     if family == "mistral":
         return {"sliding_window": width}
-    types = ["full_attention" if w is None else "sliding_attention" for w in cfg.windows or ()]
+    sliding = [w is not None for w in cfg.windows or (None,) * cfg.num_layers]
     switches = {
         "use_sliding_window": width is not None,
         "sliding_window": width,
-        "layer_types": types or ["full_attention"] * cfg.num_layers,
+        "layer_types": ["sliding_attention" if one else "full_attention" for one in sliding],
+        # What readers that do not know layer_types go by.
+        "max_window_layers": sliding.index(True) if any(sliding) else cfg.num_layers,
     }
     return switches | ({"attention_bias": cfg.qkv_bias} if family == "qwen3" else {})
-
-
-def _write_rope(cfg: Config) -> dict[str, Any]:
-    kind = cfg.rope.rope_type
-    if kind not in _ROPE_USED:
-        raise ValueError(
-            f"rope type {kind!r} has no Hugging Face form: exportable are {', '.join(_ROPE_USED)}."
-        )
-    fields = {name: getattr(cfg.rope, _ROPE_FIELDS[name]) for name in _ROPE_USED[kind]}
-    fields = {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}
-    scaling = {"rope_type": kind} | {n: v for n, v in fields.items() if v is not None}
-    return {
-        "rope_parameters": {"rope_theta": cfg.rope_base, **scaling},
-        "rope_theta": cfg.rope_base,
-        "rope_scaling": None if kind == "default" else scaling,
-    }

@@ -42,8 +42,8 @@ class Attention:
     k: Linear
     v: Linear
     o: Linear
-    q_norm: Norm | None = None
-    k_norm: Norm | None = None
+    q_norm: Any = None  # Norm; Any because jit puts a marker where a tree of shardings has None
+    k_norm: Any = None
 
 
 @struct.dataclass
@@ -52,7 +52,7 @@ class MLP:
 
     up: Linear
     down: Linear
-    gate: Linear | None = None
+    gate: Any = None  # Linear
 
 
 @struct.dataclass
