@@ -1,0 +1,185 @@
+"""The key-value cache: ragged, left-aligned rows with scratch slots behind the committed ones.
+
+Slots of a row, from the left: ``length`` committed ones, then ``scratch`` appended but not yet
+kept, then stale ones, which may hold anything and are never seen. A decoding round appends its
+draft as scratch and then commits the accepted path; what was rejected becomes stale.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from models.decoder import Config
+
+
+@struct.dataclass
+class DenseLayer:
+    """Keys and values of one layer, head-major so that a head's keys are contiguous."""
+
+    k: Any  # (b, g, s, d)
+    v: Any  # (b, g, s, dv)
+
+    def append(
+        self, k: Float[Array, "b t g d"], v: Float[Array, "b t g dv"], start: Int[Array, " b"]
+    ) -> "DenseLayer":
+        """Write ``t`` new entries from each row's slot ``start`` on."""
+        return DenseLayer(
+            _write_run(self.k, jnp.swapaxes(k, 1, 2), start),
+            _write_run(self.v, jnp.swapaxes(v, 1, 2), start),
+        )
+
+    def read(
+        self, extent: int | None
+    ) -> tuple[Float[Array, "b s g d"], Float[Array, "b s g dv"]]:
+        """The first ``extent`` slots (None: all)."""
+        k, v = self.k[:, :, :extent], self.v[:, :, :extent]
+        return jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+
+    def write(
+        self,
+        slots: Int[Array, "b t"],
+        k: Float[Array, "b t g d"],
+        v: Float[Array, "b t g dv"],
+    ) -> "DenseLayer":
+        """Overwrite chosen slots in place, as block caches of diffusion models do."""
+        row = jnp.arange(slots.shape[0])[:, None]
+        return DenseLayer(
+            self.k.at[row, :, slots].set(k.astype(self.k.dtype)),
+            self.v.at[row, :, slots].set(v.astype(self.v.dtype)),
+        )
+
+    def gather(self, source: Int[Array, "b p"], start: Int[Array, " b"]) -> "DenseLayer":
+        """Copy the entries of slots ``source`` to the run of slots from ``start`` on."""
+        index = source[:, None, :, None]
+        return DenseLayer(
+            _write_run(self.k, jnp.take_along_axis(self.k, index, axis=2), start),
+            _write_run(self.v, jnp.take_along_axis(self.v, index, axis=2), start),
+        )
+
+
+@struct.dataclass
+class Cache:
+    """All layers' caches and the bookkeeping they share.
+
+    The rows of every leaf are on axis 0. Positions may have gaps (compressed tokens), so
+    ``next_position`` is kept apart from ``length``.
+    """
+
+    layers: tuple[Any, ...]
+    positions: Any  # (b, s) int32
+    length: Any  # (b,) int32, committed slots
+    scratch: Any  # (b,) int32, appended slots behind them
+    next_position: Any  # (b,) int32
+
+    @property
+    def capacity(self) -> int:
+        """Slots per row."""
+        return self.positions.shape[1]
+
+    def append_scratch(self, positions: Int[Array, "b t"]) -> tuple["Cache", Int[Array, " b"]]:
+        """Reserve scratch slots for ``t`` new tokens; returns also each row's first new slot.
+
+        Keys and values are then written by the attention policy through ``layer.append``. The
+        caller keeps ``length + scratch + t`` within the capacity (:func:`check_capacity`).
+        """
+        start = self.length + self.scratch
+        marked = _write_run(self.positions[:, None, :, None], positions[:, None, :, None], start)
+        return self.replace(
+            positions=marked[:, 0, :, 0], scratch=self.scratch + positions.shape[1]
+        ), start
+
+    def commit(self, path: Int[Array, "b p"] | None, n: Int[Array, " b"]) -> "Cache":
+        """Keep ``n`` scratch entries per row and drop the rest.
+
+        Args:
+            path: scratch numbers (0 is the first scratch slot) of the kept entries in order,
+                anything beyond ``n``; None keeps the first ``n`` as they lie, without copying.
+            n: how many are kept, at most the number appended.
+        """
+        cache = self
+        if path is not None:
+            source = self.length[:, None] + jnp.maximum(path, 0)
+            moved = jnp.take_along_axis(self.positions, source, axis=1)
+            positions = _write_run(
+                self.positions[:, None, :, None], moved[:, None, :, None], self.length
+            )
+            cache = self.replace(
+                layers=tuple(layer.gather(source, self.length) for layer in self.layers),
+                positions=positions[:, 0, :, 0],
+            )
+        length = self.length + n
+        last = jnp.take_along_axis(cache.positions, jnp.maximum(length - 1, 0)[:, None], axis=1)
+        return cache.replace(
+            length=length,
+            scratch=jnp.zeros_like(self.scratch),
+            next_position=jnp.where(n > 0, last[:, 0] + 1, self.next_position),
+        )
+
+    def rollback(self, scratch: Int[Array, " b"]) -> "Cache":
+        """Forget scratch entries beyond the first ``scratch`` of each row."""
+        return self.replace(scratch=jnp.minimum(self.scratch, scratch))
+
+    def end_prefill(self) -> "Cache":
+        """Called once when the prompt is in; codecs compress here, a dense cache has nothing to do."""
+        return self
+
+    def take_rows(self, rows: Int[Array, " r"]) -> "Cache":
+        """The cache of some rows, in the order given."""
+        return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), self)
+
+    def put_rows(self, rows: Int[Array, " r"], other: "Cache") -> "Cache":
+        """This cache with some rows replaced by those of ``other``."""
+        return jax.tree.map(lambda leaf, new: leaf.at[rows].set(new), self, other)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, bookkeeping included."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def used_bytes(self) -> Int[Array, ""]:
+        """Bytes of keys and values in committed slots."""
+        per_slot = sum(
+            leaf.nbytes // (leaf.shape[0] * self.capacity) for leaf in jax.tree.leaves(self.layers)
+        )
+        return per_slot * jnp.sum(self.length)
+
+
+def init_cache(cfg: Config, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
+    """An empty dense cache for ``batch`` rows of ``capacity`` slots."""
+    shape = (batch, cfg.num_kv_heads, capacity, cfg.head_dim)
+    # Every leaf is a buffer of its own, so that all of them can be donated.
+    return Cache(
+        layers=tuple(
+            DenseLayer(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+            for _ in range(cfg.num_layers)
+        ),
+        positions=jnp.zeros((batch, capacity), jnp.int32),
+        length=jnp.zeros((batch,), jnp.int32),
+        scratch=jnp.zeros((batch,), jnp.int32),
+        next_position=jnp.zeros((batch,), jnp.int32),
+    )
+
+
+def check_capacity(needed: int, capacity: int, what: str) -> None:
+    """Raise ValueError if ``needed`` slots do not fit: writing past the end would corrupt rows."""
+    if needed > capacity:
+        raise ValueError(
+            f"{what} needs {needed} cache slots but there are {capacity}: ask for fewer new tokens, "
+            f"shorten the prompt, or make the cache larger."
+        )
+
+
+def _write_run(
+    buffer: Array, new: Array, start: Int[Array, " b"]
+) -> Array:
+    """``buffer[b, :, start[b] : start[b] + t] = new[b]``, with the slot axis at 2."""
+    new = new.astype(buffer.dtype)
+    if buffer.shape[0] == 1:
+        # One contiguous write; the batched form below becomes a scatter.
+        return jax.lax.dynamic_update_slice_in_dim(buffer, new, start[0], axis=2)
+    return jax.vmap(lambda row, x, at: jax.lax.dynamic_update_slice_in_dim(row, x, at, axis=1))(
+        buffer, new, start
+    )

@@ -1,0 +1,197 @@
+"""What a drafter is: the tree it proposes, what it may look at, and the null drafter.
+
+A drafter is a frozen, hashable dataclass (its static settings) with three pure methods. What it
+learned is ``params``; what it remembers between rounds is ``state``, one row per sequence unless
+it says otherwise. It may read the target's weights and cache but write only scratch slots.
+"""
+
+import dataclasses
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Int
+
+from models.decoder import Config
+from ops.sampling import SamplingParams
+from ops.tree import StaticTree
+
+
+@struct.dataclass
+class Draft:
+    """A padded tree of drafted tokens; node 0 is the root, the last token already certain.
+
+    ``mode`` names the verification rule that fits how the tokens were chosen (``ops.verify``):
+    ``deterministic`` for a fixed candidate set, ``chain``, ``swor`` or ``with_replacement`` for
+    tokens drawn from ``probs``, which then holds the law each node's children were drawn from.
+    """
+
+    tokens: Any  # (b, n) int32, -1 where not valid
+    parent: Any  # (b, n) int32, -1 for the root and for padding
+    depth: Any  # (b, n) int32
+    mask: Any  # (b, n, n) bool, ancestor or self
+    valid: Any  # (b, n) bool
+    probs: Any = None  # (b, n, v) float32
+    mode: str = struct.field(pytree_node=False, default="deterministic")
+    max_depth: int | None = struct.field(pytree_node=False, default=None)  # None: n - 1
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether the nodes are known to lie one below the other, in order."""
+        return self.max_depth == self.tokens.shape[1] - 1
+
+
+@struct.dataclass
+class Target:
+    """A drafter's read-only view of the model it drafts for."""
+
+    params: Any
+    cfg: Config = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class Request:
+    """The prompts of a batch, and how to sample. Prompts are left-aligned, padded with -1."""
+
+    tokens: Any  # (b, p) int32
+    lengths: Any  # (b,) int32
+    seeds: Any  # (b,) int32
+    sampling: SamplingParams
+    memory: Any = None  # state of an earlier call, for drafters that share theirs
+
+
+@struct.dataclass
+class TargetOutputs:
+    """What the target computed for some tokens: only the fields that the drafter ``needs``."""
+
+    tokens: Any  # (b, n)
+    pre_norm: Any = None  # (b, n, hidden)
+    hidden: Any = None  # (b, n, hidden), post-norm
+    hidden_states: Any = None  # (layers + 1, b, n, hidden)
+    logits: Any = None  # (b, n, vocab) float32
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """How tokens are proposed. ``needs`` is a subset of the fields of :class:`TargetOutputs`.
+
+    Two attributes are optional. ``prompt_needs`` is what ``init`` reads, where that is less than
+    ``needs`` (logits of a whole prompt are large). ``shared_state = True`` declares that the state
+    belongs to all rows together and may be carried into the next call as ``Request.memory``.
+    """
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Which target outputs ``init`` and ``observe`` read."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Nodes of every draft, the root included."""
+        ...
+
+    @property
+    def max_depth(self) -> int:
+        """Most drafted tokens that one round can accept."""
+        ...
+
+    def init(self, params: Any, target: Target, request: Request, prompt: TargetOutputs, capacity: int) -> Any:
+        """State after the prompt. ``prompt`` covers all prompt tokens but the last (the root)."""
+        ...
+
+    def propose(
+        self, params: Any, state: Any, target: Target, cache: Any, root: Array, context: "Context"
+    ) -> tuple[Draft, Any, Any]:
+        """The next draft, the new state, and the target's cache (scratch slots may be written)."""
+        ...
+
+    def observe(
+        self, params: Any, state: Any, draft: Draft, outputs: TargetOutputs, path: Array, n: Array, root: Array
+    ) -> Any:
+        """Learn from a verified draft.
+
+        ``path`` (b, d) are node ids of the kept path, of which the first ``n`` (root included)
+        were committed; n is 0 for finished rows. ``root`` is the next round's root.
+        """
+        ...
+
+
+@struct.dataclass
+class Context:
+    """Text so far and the sampling in force, for drafters that look at them."""
+
+    tokens: Any  # (b, l) int32
+    length: Any  # (b,) int32
+    seeds: Any  # (b,) int32
+    sampling: SamplingParams
+    extent: int | None = struct.field(pytree_node=False, default=None)  # slots that hold all text
+
+
+def prompt_needs(drafter: Drafter) -> frozenset[str]:
+    """Which target outputs the drafter's ``init`` reads."""
+    return frozenset(getattr(drafter, "prompt_needs", drafter.needs))
+
+
+def shares_state(drafter: Drafter) -> bool:
+    """Whether the drafter's state belongs to all rows together and outlives a call."""
+    return getattr(drafter, "shared_state", False)
+
+
+def static_draft(
+    tree: StaticTree,
+    tokens: Int[Array, "b n"],
+    valid: Any = None,
+    probs: Any = None,
+    mode: str = "deterministic",
+) -> Draft:
+    """A draft over a tree whose shape is fixed; ``valid`` marks the nodes that are really there."""
+    shape = tree.tree(batch=tokens.shape[0])
+    valid = shape.valid if valid is None else valid
+    return Draft(
+        tokens=jnp.where(valid, tokens, -1),
+        parent=shape.parent,
+        depth=shape.depth,
+        mask=shape.mask,
+        valid=valid,
+        probs=probs,
+        mode=mode,
+        max_depth=tree.max_depth,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class NoDrafter:
+    """Plain decoding: the root alone, padded to ``width`` invalid nodes.
+
+    A width above 1 gives the reference that a drafter of that width must match bit for bit: the
+    same shapes go through the same kernels.
+    """
+
+    width: int = 1
+    needs: frozenset[str] = frozenset()
+    max_depth: int = 0
+
+    def init(self, params: Any, target: Target, request: Request, prompt: TargetOutputs, capacity: int) -> None:
+        """Nothing to remember."""
+
+    def propose(
+        self, params: Any, state: Any, target: Target, cache: Any, root: Int[Array, " b"], context: Context
+    ) -> tuple[Draft, Any, Any]:
+        """The root and padding."""
+        tree = StaticTree(tuple((0,) * depth for depth in range(1, self.width)))
+        tokens = jnp.broadcast_to(root[:, None], (root.shape[0], self.width))
+        valid = jnp.broadcast_to(jnp.asarray(np.arange(self.width) == 0)[None], tokens.shape)
+        return static_draft(tree, tokens, valid), state, cache
+
+    def observe(
+        self, params: Any, state: Any, draft: Draft, outputs: TargetOutputs, path: Any, n: Any, root: Any
+    ) -> None:
+        """Nothing to learn."""
+
+
+def committed(values: Array, path: Int[Array, "b d"]) -> Array:
+    """Rows of ``values`` (b, n, ...) along the kept path: (b, d, ...); padding repeats the root."""
+    index = jnp.maximum(path, 0)
+    return jax.vmap(lambda row, i: row[i])(values, index)

@@ -1,0 +1,121 @@
+"""Prompt lookup: the text so far is the draft model. The strong simple baseline without training.
+
+The last few tokens are looked up in the text before them; what followed there is the draft.
+Source: A. Saxena, "Prompt Lookup Decoding" (2023). Departures: the most recent match is taken, and
+where it lies less than a draft's length from the end, the stretch between is repeated.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from inference.drafter import Context, Draft, Request, Target, TargetOutputs, static_draft
+from ops.tree import chain_tree
+
+
+@dataclasses.dataclass(frozen=True)
+class LookupDrafter:
+    """A chain of ``length`` tokens copied from after the longest matching n-gram.
+
+    Attributes:
+        length: tokens per draft.
+        ngrams: sizes of the suffix to look up, the preferred one first.
+
+    Raises:
+        ValueError: a length or an n-gram size below 1.
+    """
+
+    length: int = 10
+    ngrams: tuple[int, ...] = (3, 2)
+    needs: frozenset[str] = frozenset()
+
+    def __post_init__(self):
+        if self.length < 1 or not self.ngrams or min(self.ngrams) < 1:
+            raise ValueError(
+                f"lookup needs a length and n-gram sizes of 1 or more, got {self.length} and "
+                f"{self.ngrams}."
+            )
+
+    @property
+    def width(self) -> int:
+        """Nodes of every draft, the root included."""
+        return self.length + 1
+
+    @property
+    def max_depth(self) -> int:
+        """Most drafted tokens that one round can accept."""
+        return self.length
+
+    def init(
+        self, params: Any, target: Target, request: Request, prompt: TargetOutputs, capacity: int
+    ) -> None:
+        """Nothing to remember: the text itself is the memory."""
+
+    def propose(
+        self,
+        params: Any,
+        state: Any,
+        target: Target,
+        cache: Any,
+        root: Int[Array, " b"],
+        context: Context,
+    ) -> tuple[Draft, Any, Any]:
+        """See :class:`inference.drafter.Drafter`; without a match only the root is valid."""
+        text = context.tokens[:, : context.extent]
+        copied, found = jax.vmap(lambda row, n: copy_after_match(row, n, self.ngrams, self.length))(
+            text, context.length
+        )
+        tokens = jnp.concatenate([root[:, None], copied], axis=1)
+        valid = jnp.concatenate(
+            [jnp.ones_like(found)[:, None], jnp.broadcast_to(found[:, None], copied.shape)], axis=1
+        )
+        return static_draft(chain_tree(self.length), tokens, valid), state, cache
+
+    def observe(
+        self,
+        params: Any,
+        state: Any,
+        draft: Draft,
+        outputs: TargetOutputs,
+        path: Any,
+        n: Any,
+        root: Any,
+    ) -> None:
+        """Nothing to learn."""
+
+
+def copy_after_match(
+    tokens: Int[Array, " l"], length: Int[Array, ""], ngrams: tuple[int, ...], count: int
+) -> tuple[Int[Array, " count"], Bool[Array, ""]]:
+    """``count`` tokens that followed the most recent earlier occurrence of the text's suffix.
+
+    Args:
+        tokens: the text, of which the first ``length`` tokens count.
+        ngrams: suffix sizes; the first that occurs earlier in the text is used.
+        count: tokens to copy. A match at distance d from the end repeats with period d.
+
+    Returns:
+        The tokens (anything if there is no match), and whether there was a match.
+    """
+    at = jnp.arange(tokens.shape[0])
+    distance = jnp.zeros((), jnp.int32)
+    for size in ngrams:
+        # Position i matches if the n-gram that ends there equals the one at the end of the text.
+        match = (at >= size - 1) & (at < length - 1)
+        for back in range(size):
+            last = tokens[jnp.maximum(length - 1 - back, 0)]
+            match &= jnp.roll(tokens, back) == last
+        latest = jnp.max(jnp.where(match, at, -1)).astype(jnp.int32)
+        here = jnp.where(latest >= 0, length - 1 - latest, 0).astype(jnp.int32)
+        distance = jnp.where(distance > 0, distance, here)
+    offset = jnp.arange(count) % jnp.maximum(distance, 1)
+    source = jnp.clip(length - distance + offset, 0, tokens.shape[0] - 1)
+    return tokens[source].astype(jnp.int32), distance > 0
+
+
+def load(argument: str, model: Any) -> tuple[LookupDrafter, None]:
+    """The drafter with its usual settings: there is nothing to load."""
+    return LookupDrafter(), None

@@ -1,0 +1,278 @@
+"""Generation for a batch of prompts: prefill in chunks, then the compiled loop.
+
+The host only chooses static shapes (cache capacity, prefill chunk, the bucket of slots that
+attention reads), all powers of two, so that programs are few and reused.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from inference.cache import Cache, check_capacity, init_cache
+from inference.drafter import (
+    Drafter,
+    NoDrafter,
+    Request,
+    Target,
+    TargetOutputs,
+    prompt_needs,
+    shares_state,
+)
+from inference.loop import State, Stats, decode_rounds, init_stats, prefill_chunk
+from models import decoder
+from ops.sampling import SamplingParams
+
+SMALLEST_BUCKET = 128
+
+
+def bucket(n: int, smallest: int = SMALLEST_BUCKET) -> int:
+    """The smallest power of two that is at least ``n`` and ``smallest``."""
+    return max(smallest, 1 << max(0, n - 1).bit_length())
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What was generated: new tokens per prompt (prompt not included) and the loop's counters.
+
+    ``drafter_state`` is what a drafter with shared state remembers, for the next call.
+    """
+
+    tokens: list[list[int]]
+    stats: Stats
+    drafter_state: Any = None
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Emitted tokens per target pass, over all rows."""
+        return float(np.sum(self.stats.emitted) / max(1, np.sum(self.stats.rounds)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """A model ready to decode.
+
+    Attributes:
+        params: the model's weights, unstacked (:func:`make_engine` does it).
+        cfg: the model's config.
+        drafter, drafter_params: how tokens are proposed; default: not at all.
+        policy: attention policy; default dense with the config's windows.
+        rule: verification rule in place of the drafter's own (``typical`` is lossy).
+        prefill_size: tokens per prefill chunk.
+        context_limit: longest text; default the config's ``max_length``.
+    """
+
+    params: Any
+    cfg: decoder.Config
+    drafter: Drafter = NoDrafter()
+    drafter_params: Any = None
+    policy: Any = None
+    rule: str | None = None
+    prefill_size: int = 512
+    context_limit: int | None = None
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        sampling: SamplingParams | None = None,
+        seeds: Sequence[int] | None = None,
+        eos: Sequence[int] = (),
+        rounds_per_call: int | None = None,
+        on_progress: Callable[[list[list[int]]], None] | None = None,
+        drafter_state: Any = None,
+    ) -> Generation:
+        """Continue each prompt by up to ``max_new_tokens`` tokens, each row as if it were alone.
+
+        Args:
+            prompts: token ids; lengths may differ.
+            sampling: default greedy.
+            seeds: one per prompt (default 0, 1, ...); with the index of a token they fix its draw.
+            eos: ids that end a row; the end token is kept.
+            rounds_per_call: return to the host every so many rounds.
+            on_progress: called then with the new tokens so far.
+            drafter_state: ``Generation.drafter_state`` of an earlier call, to go on from there.
+
+        Raises:
+            ValueError: an empty prompt, an id outside the vocabulary, a text beyond the context,
+                or a drafter state given to a drafter that keeps none.
+        """
+        self._check(prompts, max_new_tokens, seeds)
+        if drafter_state is not None and not shares_state(self.drafter):
+            raise ValueError(
+                f"{type(self.drafter).__name__} keeps no state between calls: leave drafter_state out."
+            )
+        sampling = SamplingParams.make() if sampling is None else sampling
+        state, seeds_array = self.start(prompts, max_new_tokens, sampling, seeds, drafter_state)
+        state = self.run(
+            state, seeds_array, sampling, eos, rounds_per_call,
+            lambda s: on_progress(_new_tokens(s, prompts)) if on_progress else None,
+        )
+        return Generation(
+            _new_tokens(state, prompts),
+            jax.tree.map(np.asarray, state.stats),
+            state.drafter if shares_state(self.drafter) else None,
+        )
+
+    def start(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: SamplingParams,
+        seeds: Sequence[int] | None = None,
+        drafter_state: Any = None,
+    ) -> tuple[State, jax.Array]:
+        """Prefill: the loop's state before the first round, and the seeds as an array."""
+        batch, longest = len(prompts), max(len(p) for p in prompts)
+        lengths = np.array([len(p) for p in prompts], np.int32)
+        chunk = min(self.prefill_size, bucket(longest, 16))
+        chunks = -(-(longest - 1) // chunk)
+        capacity = bucket(max(chunks * chunk, longest + max_new_tokens) + self.drafter.width + chunk)
+        tokens = np.full((batch, capacity), -1, np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = prompt
+        limit = jnp.asarray(lengths + max_new_tokens)
+        seeds_array = jnp.asarray(np.arange(batch) if seeds is None else np.asarray(seeds), jnp.int32)
+        policy = decoder.default_policy(self.cfg) if self.policy is None else self.policy
+        cache = init_cache(self.cfg, batch, capacity, self.params.final_norm.scale.dtype)
+        cache, outputs = self._prefill(cache, policy, tokens, lengths, limit, chunk, chunks)
+        request = Request(
+            tokens=jnp.asarray(tokens[:, : bucket(longest, 16)]),
+            lengths=jnp.asarray(lengths),
+            seeds=seeds_array,
+            sampling=sampling,
+            # A copy, because the loop donates its state.
+            memory=jax.tree.map(jnp.array, drafter_state),
+        )
+        drafter_state = _init_drafter(
+            self.drafter, self.drafter_params, Target(self.params, self.cfg), request, outputs, capacity
+        )
+        state = State(
+            tokens=jnp.asarray(tokens),
+            length=jnp.asarray(lengths),
+            limit=limit,
+            done=jnp.asarray(np.full(batch, max_new_tokens == 0)),
+            cache=cache,
+            drafter=drafter_state,
+            stats=init_stats(batch, self.drafter.max_depth),
+        )
+        return state, seeds_array
+
+    def run(
+        self,
+        state: State,
+        seeds: jax.Array,
+        sampling: SamplingParams,
+        eos: Sequence[int],
+        rounds_per_call: int | None = None,
+        after_call: Callable[[State], None] | None = None,
+    ) -> State:
+        """Rounds until every row is done; the bucket grows with the longest row."""
+        policy = decoder.default_policy(self.cfg) if self.policy is None else self.policy
+        # Greedy rows need no random numbers; leaving them out is a different program.
+        rule = self.rule or ("greedy" if np.all(np.asarray(sampling.temperature) == 0) else None)
+        max_rounds = jnp.asarray(rounds_per_call or np.iinfo(np.int32).max, jnp.int32)
+        eos_array = jnp.asarray(np.asarray(eos, np.int32).reshape(-1))
+        while True:
+            done, length = (np.asarray(x) for x in (state.done, state.cache.length))
+            if done.all():
+                return state
+            extent = min(bucket(int(length[~done].max()) + self.drafter.width), state.cache.capacity)
+            state = decode_rounds(
+                self.params, self.cfg, policy, self.drafter, self.drafter_params, state, seeds,
+                sampling, eos_array, max_rounds, extent=extent, rule=rule,
+            )
+            if after_call is not None:
+                after_call(state)
+
+    def _prefill(
+        self, cache: Cache, policy: Any, tokens: np.ndarray, lengths: np.ndarray, limit: Any,
+        chunk: int, chunks: int,
+    ) -> tuple[Cache, TargetOutputs]:
+        needs = prompt_needs(self.drafter)
+        parts = []
+        for i in range(chunks):
+            counts = np.clip(lengths - 1 - i * chunk, 0, chunk).astype(np.int32)
+            piece = tokens[:, i * chunk : (i + 1) * chunk]
+            extent = min(bucket((i + 1) * chunk), cache.capacity)
+            cache, part = prefill_chunk(
+                self.params, self.cfg, policy, cache, jnp.asarray(piece), jnp.asarray(counts), limit,
+                extent=extent, outputs=needs,
+            )
+            parts.append(part)
+        cache = cache.end_prefill()
+        if not parts:
+            return cache, TargetOutputs(tokens=jnp.zeros((len(lengths), 0), jnp.int32))
+        return cache, _concatenate(parts)
+
+    def _check(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        seeds: Sequence[int] | None,
+    ) -> None:
+        if not prompts or max_new_tokens < 0:
+            raise ValueError("give at least one prompt and a max_new_tokens of 0 or more.")
+        if seeds is not None and len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one per prompt.")
+        limit = self.cfg.max_length if self.context_limit is None else self.context_limit
+        for i, prompt in enumerate(prompts):
+            if len(prompt) == 0:
+                raise ValueError(f"prompt {i} is empty: start it with at least one token, such as the start-of-text one.")
+            if min(prompt) < 0 or max(prompt) >= self.cfg.vocab_size:
+                raise ValueError(
+                    f"prompt {i} has token ids outside 0..{self.cfg.vocab_size - 1}: the tokenizer is "
+                    f"not this model's."
+                )
+            check_context(len(prompt), max_new_tokens, limit)
+
+
+def check_context(prompt: int, new: int, limit: int) -> None:
+    """Raise ValueError if prompt and new tokens exceed the context."""
+    if prompt + new > limit:
+        raise ValueError(
+            f"the prompt has {prompt} tokens and {new} new ones are asked for, beyond the context of "
+            f"{limit}: shorten the prompt, ask for fewer, or raise context_limit with a position "
+            f"scheme that extends the model."
+        )
+
+
+def make_engine(params: decoder.Params, cfg: decoder.Config, **settings: Any) -> Engine:
+    """An :class:`Engine` from stacked or unstacked weights; ``settings`` are its other fields."""
+    return Engine(params=decoder.unstack(params), cfg=cfg, **settings)
+
+
+@functools.partial(jax.jit, static_argnames=("drafter", "capacity"))
+def _init_drafter(
+    drafter: Drafter, params: Any, target: Target, request: Request, prompt: TargetOutputs, capacity: int
+) -> Any:
+    return drafter.init(params, target, request, prompt, capacity)
+
+
+def _concatenate(parts: list[TargetOutputs]) -> TargetOutputs:
+    """The prompt's outputs from those of its chunks."""
+
+    def join(name: str, axis: int) -> Any:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else jnp.concatenate(values, axis=axis)
+
+    return TargetOutputs(
+        tokens=join("tokens", 1),
+        pre_norm=join("pre_norm", 1),
+        hidden=join("hidden", 1),
+        hidden_states=join("hidden_states", 2),
+        logits=join("logits", 1),
+    )
+
+
+def _new_tokens(state: State, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    tokens, length = np.asarray(state.tokens), np.asarray(state.length)
+    return [tokens[i, len(p) : length[i]].tolist() for i, p in enumerate(prompts)]
+
+
+__all__ = ["Engine", "Generation", "bucket", "check_capacity", "check_context", "make_engine"]

@@ -1,0 +1,276 @@
+"""Draft, verify, commit: the one decoding loop, compiled whole.
+
+Plain decoding is this loop with :class:`~inference.drafter.NoDrafter`. All control values are
+data; what is static is the drafter's settings, the sampling kind, and ``extent``, the power-of-two
+bucket of cache slots that attention reads. The loop leaves for the host when the longest row
+outgrows the bucket, when all rows are done, or after ``max_rounds`` rounds.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Int
+
+from inference.cache import Cache
+from inference.drafter import Context, Draft, Target, TargetOutputs
+from models import decoder
+from models.attention import Step
+from ops.sampling import SamplingParams
+from ops.verify import emitted_tokens, verify
+
+
+@struct.dataclass
+class Stats:
+    """Counters per row. In every round: drafted = emitted - 1 + discarded."""
+
+    rounds: Any  # (b,) int32
+    drafted: Any  # (b,) int32, proposed tokens, the root not counted
+    accepted: Any  # (b,) int32, proposed tokens that were right, before any truncation
+    emitted: Any  # (b,) int32, tokens added to the text
+    by_depth: Any  # (b, d) int32, rounds in which more than d drafted tokens were accepted
+
+    @property
+    def discarded(self) -> Int[Array | np.ndarray, " b"]:
+        """Proposed tokens that were wrong."""
+        return self.drafted - self.accepted
+
+
+@struct.dataclass
+class State:
+    """Everything that changes from round to round.
+
+    Each row's last token (the root) is in ``tokens`` but not yet in the cache.
+    """
+
+    tokens: Any  # (b, l) int32
+    length: Any  # (b,) int32
+    limit: Any  # (b,) int32, final length at most
+    done: Any  # (b,) bool
+    cache: Cache
+    drafter: Any
+    stats: Stats
+
+
+def init_stats(batch: int, depth: int) -> Stats:
+    """All zero, each field a buffer of its own so that it can be donated."""
+
+    def zeros(*shape: int) -> Array:
+        return jnp.zeros(shape, jnp.int32)
+
+    return Stats(*(zeros(batch) for _ in range(4)), by_depth=zeros(batch, depth))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("cfg", "extent", "outputs"), donate_argnames=("cache",)
+)
+def prefill_chunk(
+    params: Any,
+    cfg: decoder.Config,
+    policy: Any,
+    cache: Cache,
+    tokens: Int[Array, "b t"],
+    counts: Int[Array, " b"],
+    lengths: Int[Array, " b"] | None,
+    extent: int,
+    outputs: frozenset[str],
+) -> tuple[Cache, TargetOutputs]:
+    """Run the first ``counts`` tokens of each row's chunk and commit them.
+
+    Args:
+        tokens: the chunk, anything beyond ``counts``.
+        lengths: final text length of each row, for length-dependent rotations; None takes the
+            length so far.
+        extent: slots that attention reads.
+        outputs: which fields of ``TargetOutputs`` to return.
+    """
+    t = tokens.shape[1]
+    positions = cache.next_position[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
+    cache, start = cache.append_scratch(positions)
+    step = Step(
+        positions=positions,
+        start=start,
+        slot_positions=cache.positions,
+        lengths=lengths,
+        extent=extent,
+        mode="prefill",
+    )
+    safe = jnp.clip(tokens, 0, cfg.vocab_size - 1)
+    out = decoder.forward(
+        params, cfg, safe, step=step, policy=policy, cache=cache.layers,
+        all_hidden="hidden_states" in outputs,
+    )
+    cache = cache.replace(layers=out.cache).commit(None, counts)
+    return cache, _select(params, cfg, out, tokens, outputs)
+
+
+def _select(
+    params: Any, cfg: decoder.Config, out: decoder.Output, tokens: Array, needs: frozenset[str]
+) -> TargetOutputs:
+    return TargetOutputs(
+        tokens=tokens,
+        pre_norm=out.pre_norm if "pre_norm" in needs else None,
+        hidden=out.hidden if "hidden" in needs else None,
+        hidden_states=out.hidden_states if "hidden_states" in needs else None,
+        logits=decoder.unembed(params, cfg, out.hidden) if "logits" in needs else None,
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("cfg", "drafter", "extent", "rule"),
+    donate_argnames=("state",),
+)
+def decode_rounds(
+    params: Any,
+    cfg: decoder.Config,
+    policy: Any,
+    drafter: Any,
+    drafter_params: Any,
+    state: State,
+    seeds: Int[Array, " b"],
+    sampling: SamplingParams,
+    eos: Int[Array, " e"],
+    max_rounds: Int[Array, ""],
+    extent: int,
+    rule: str | None = None,
+) -> State:
+    """Rounds until every row is done, ``max_rounds`` have run, or ``extent`` is outgrown.
+
+    Args:
+        seeds: one per row; every random draw is keyed by it and by the token's index alone.
+        eos: token ids that end a row (may be empty).
+        extent: slots that attention reads; a round needs ``drafter.width`` free ones in it.
+        rule: verification rule in place of the draft's own: ``greedy`` when it is known that no
+            row samples, ``typical`` (lossy).
+    """
+
+    def more(carry: tuple[State, Array]) -> Array:
+        state, rounds = carry
+        room = jnp.max(jnp.where(state.done, 0, state.cache.length)) + drafter.width <= extent
+        return jnp.any(~state.done) & (rounds < max_rounds) & room
+
+    def one(carry: tuple[State, Array]) -> tuple[State, Array]:
+        state, rounds = carry
+        new = decode_round(
+            params, cfg, policy, drafter, drafter_params, state, seeds, sampling, eos, extent, rule
+        )
+        return new, rounds + 1
+
+    return jax.lax.while_loop(more, one, (state, jnp.zeros((), jnp.int32)))[0]
+
+
+def decode_round(
+    params: Any,
+    cfg: decoder.Config,
+    policy: Any,
+    drafter: Any,
+    drafter_params: Any,
+    state: State,
+    seeds: Int[Array, " b"],
+    sampling: SamplingParams,
+    eos: Int[Array, " e"],
+    extent: int | None,
+    rule: str | None,
+) -> State:
+    """One round: draft, one target pass, verify, commit, observe."""
+    root = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
+    context = Context(state.tokens, state.length, seeds, sampling, extent)
+    draft, drafter_state, cache = drafter.propose(
+        drafter_params, state.drafter, Target(params, cfg), state.cache, root, context
+    )
+    cache, out = score_draft(params, cfg, policy, cache, draft, state.limit, extent, drafter.needs)
+    logits = decoder.unembed(params, cfg, out.hidden)
+    verdict = verify(
+        rule or draft.mode,
+        tokens=draft.tokens,
+        parent=draft.parent,
+        valid=draft.valid,
+        target_logits=logits,
+        params=sampling,
+        seeds=seeds,
+        index=state.length,
+        draft_probs=draft.probs if rule in (None, draft.mode) else None,
+        max_depth=draft.max_depth,
+    )
+    text = emitted_tokens(draft.tokens, verdict)
+    n_emit, ended = _kept(text, verdict.num_accepted, state, eos)
+    tokens = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))(
+        state.tokens, text, state.length
+    )
+    length = state.length + n_emit
+    cache = cache.commit(None if draft.is_chain else verdict.path, n_emit)
+    needs = drafter.needs
+    outputs = _select(params, cfg, out, draft.tokens, needs - {"logits"})
+    outputs = outputs.replace(logits=logits if "logits" in needs else None)
+    root = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
+    drafter_state = drafter.observe(
+        drafter_params, drafter_state, draft, outputs, verdict.path, n_emit, root
+    )
+    return state.replace(
+        tokens=tokens,
+        length=length,
+        done=state.done | ended | (length >= state.limit),
+        cache=cache,
+        drafter=drafter_state,
+        stats=_count(state, draft, verdict.num_accepted, n_emit),
+    )
+
+
+def score_draft(
+    params: Any,
+    cfg: decoder.Config,
+    policy: Any,
+    cache: Cache,
+    draft: Draft,
+    lengths: Int[Array, " b"],
+    extent: int | None,
+    needs: frozenset[str],
+) -> tuple[Cache, decoder.Output]:
+    """The target's pass over a draft: its nodes become scratch entries under the tree mask."""
+    positions = cache.next_position[:, None] + draft.depth
+    tree_start = cache.length + cache.scratch
+    cache, start = cache.append_scratch(positions)
+    step = Step(
+        positions=positions,
+        start=start,
+        slot_positions=cache.positions,
+        lengths=lengths,
+        tree=None if draft.tokens.shape[1] == 1 else draft.mask,
+        tree_start=tree_start,
+        extent=extent,
+        mode="decode",
+    )
+    out = decoder.forward(
+        params, cfg, jnp.maximum(draft.tokens, 0), step=step, policy=policy, cache=cache.layers,
+        all_hidden="hidden_states" in needs,
+    )
+    return cache.replace(layers=out.cache), out
+
+
+def _kept(
+    text: Int[Array, "b d"], accepted: Int[Array, " b"], state: State, eos: Int[Array, " e"]
+) -> tuple[Int[Array, " b"], Bool[Array, " b"]]:
+    """How much of the round's text counts, and whether an end token is in that part."""
+    count = jnp.minimum(accepted + 1, state.limit - state.length)
+    index = jnp.arange(text.shape[1])[None]
+    is_eos = jnp.any(text[:, :, None] == eos[None, None, :], axis=-1) & (index < count[:, None])
+    ended = jnp.any(is_eos, axis=1)
+    count = jnp.where(ended, jnp.argmax(is_eos, axis=1) + 1, count)
+    return jnp.where(state.done, 0, count).astype(jnp.int32), ended
+
+
+def _count(state: State, draft: Draft, accepted: Array, n_emit: Array) -> Stats:
+    live = (~state.done).astype(jnp.int32)
+    stats = state.stats
+    depth = jnp.arange(stats.by_depth.shape[1])[None]
+    return Stats(
+        rounds=stats.rounds + live,
+        drafted=stats.drafted + live * (jnp.sum(draft.valid, axis=1) - 1),
+        accepted=stats.accepted + live * accepted,
+        emitted=stats.emitted + n_emit,
+        by_depth=stats.by_depth + live[:, None] * (accepted[:, None] > depth),
+    )

@@ -1,0 +1,298 @@
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from inference.drafter import NoDrafter, TargetOutputs
+from inference.drafters.draft_model import DraftModel, draft_model
+from inference.drafters.lookup import LookupDrafter, copy_after_match
+from inference.drafters.registry import DRAFTERS, check_name, make_drafter
+from inference.loop import decode_rounds
+from models import decoder
+from models.load import Model
+from ops.sampling import SamplingParams
+from research.speculative.token_recycling.drafter import TokenRecycling
+from tests.inference.models import (
+    NEW,
+    VOCAB,
+    ScriptedDrafter,
+    assert_greedy,
+    config,
+    engine,
+    forward_logits,
+    letters,
+    prefilled,
+    prompts,
+    save_model,
+    script,
+    weights,
+)
+
+SAMPLED = SamplingParams.make(0.9, top_k=20, top_p=0.95)
+
+
+def small(seed: int = 1) -> tuple[decoder.Params, decoder.Config]:
+    """A draft model: fewer layers than the target, other weights."""
+    cfg = config(num_layers=1)
+    return weights(cfg, seed), cfg
+
+
+def cases() -> dict[str, tuple[Any, Any]]:
+    """Drafters of all kinds and their params."""
+    noise = np.random.default_rng(5)
+    return {
+        "lookup": (LookupDrafter(), None),
+        "unigram lookup": (LookupDrafter(4, (2, 1)), None),
+        "recycling": (TokenRecycling(), None),
+        "random matrix": (
+            TokenRecycling(),
+            jnp.asarray(noise.integers(0, VOCAB, (VOCAB, 8)), "int32"),
+        ),
+        "draft model": draft_model(config(), *small()),
+        "greedy draft model": draft_model(config(), *small(), sampled=False),
+        "random": (ScriptedDrafter(), jnp.asarray(noise.integers(0, VOCAB, (4, 64)), "int32")),
+    }
+
+
+CASES = cases()
+
+
+@pytest.fixture(scope="module")
+def plain() -> list[list[int]]:
+    """Greedy continuations without a drafter, checked against a pass over the whole text."""
+    texts = engine().generate(prompts(), NEW).tokens
+    for prompt, new in zip(prompts(), texts, strict=True):
+        assert_greedy(config(), prompt, new)
+    return texts
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_greedy_text_is_that_of_plain_decoding_at_the_same_width(name, plain):
+    drafter, params = CASES[name]
+    got = engine(drafter=drafter, drafter_params=params).generate(prompts(), NEW)
+    same_width = engine(drafter=NoDrafter(drafter.width)).generate(prompts(), NEW)
+    assert got.tokens == same_width.tokens
+    for prompt, new in zip(prompts(), got.tokens, strict=True):
+        assert_greedy(config(), prompt, new)
+    assert np.all(got.stats.by_depth.shape[1] == drafter.max_depth)
+
+
+@pytest.mark.parametrize("name", ["lookup", "recycling", "greedy draft model", "random"])
+def test_sampled_text_with_fixed_candidates_is_that_of_plain_sampling_with_the_seed(name):
+    drafter, params = CASES[name]
+    got = engine(drafter=drafter, drafter_params=params).generate(prompts(), NEW, sampling=SAMPLED)
+    want = engine(drafter=NoDrafter(drafter.width)).generate(prompts(), NEW, sampling=SAMPLED)
+    assert got.tokens == want.tokens
+    assert got.tokens != engine().generate(prompts(), NEW).tokens
+
+
+def test_an_always_wrong_drafter_gives_one_token_per_round(plain):
+    texts = [prompt + new for prompt, new in zip(prompts(), plain, strict=True)]
+    wrong = [[(token + 1) % VOCAB for token in text] for text in texts]
+    got = engine(drafter=ScriptedDrafter(), drafter_params=script(wrong)).generate(prompts(), NEW)
+    assert got.tokens == plain
+    np.testing.assert_array_equal(got.stats.rounds, [NEW] * 4)
+    np.testing.assert_array_equal(got.stats.accepted, [0] * 4)
+
+
+def test_an_always_right_drafter_gives_full_rounds(plain):
+    right = script([prompt + new for prompt, new in zip(prompts(), plain, strict=True)])
+    got = engine(drafter=ScriptedDrafter(), drafter_params=right).generate(prompts(), NEW)
+    assert got.tokens == plain
+    np.testing.assert_array_equal(got.stats.rounds, [NEW // 5] * 4)
+    assert got.tokens_per_pass == 5.0
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams.make(), SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("length", [1, 4])
+def test_the_target_as_its_own_draft_model_is_always_accepted(sampling, length):
+    drafter, params = draft_model(config(), weights(config()), config(), length)
+    got = engine(drafter=drafter, drafter_params=params).generate(prompts(), NEW, sampling=sampling)
+    np.testing.assert_array_equal(got.stats.rounds, [NEW // (length + 1)] * 4)
+    np.testing.assert_array_equal(got.stats.discarded, [0] * 4)
+
+
+def test_the_draft_models_cache_is_the_one_recomputed():
+    # Nearly the target, so that rounds end after none, some and all of the drafted tokens.
+    rng = np.random.default_rng(0)
+    near = jax.tree.map(
+        lambda x: x + 0.08 * jnp.asarray(rng.normal(size=x.shape), x.dtype), weights(config())
+    )
+    drafter, params = draft_model(config(), near, config(), length=3, sampled=False)
+    eng, greedy = engine(drafter=drafter, drafter_params=params), SamplingParams.make()
+    state, seeds = eng.start(prompts(), NEW, greedy)
+    lags = set()
+    while not bool(state.done.all()):
+        state = decode_rounds(
+            eng.params, eng.cfg, decoder.default_policy(eng.cfg), drafter, params, state, seeds,
+            greedy, jnp.zeros((0,), jnp.int32), jnp.asarray(1, jnp.int32), extent=128,
+        )  # fmt: skip
+        cache = state.drafter.cache
+        lag = np.asarray(state.length - cache.length)
+        lags |= set(lag.tolist())
+        texts = [np.asarray(state.tokens[row, : n + 1]) for row, n in enumerate(cache.length)]
+        fresh = prefilled(params, config(), [text.tolist() for text in texts])
+        for row, n in enumerate(np.asarray(cache.length)):
+            np.testing.assert_array_equal(cache.positions[row, :n], np.arange(n))
+            for a, b in zip(
+                jax.tree.leaves(cache.layers), jax.tree.leaves(fresh.layers), strict=True
+            ):
+                np.testing.assert_allclose(a[row, :, :n], b[row, :, :n], atol=1e-5)
+    assert lags == {1, 2}
+
+
+def test_models_of_different_vocabularies_are_refused():
+    params, cfg = weights(config(vocab_size=8)), config(vocab_size=8)
+    with pytest.raises(ValueError, match="draft model has 8 tokens and the target 24"):
+        draft_model(config(), params, cfg)
+    with pytest.raises(ValueError, match="draft model has 8 tokens and the target 24"):
+        engine(drafter=DraftModel(cfg), drafter_params=params).generate([[1]], 2)
+    with pytest.raises(ValueError, match="at least one token"):
+        draft_model(config(), *small(), length=0)
+
+
+# Statistics: the law of three sampled tokens from the real loop, against exact enumeration.
+TINY = config(vocab_size=4, num_layers=1, hidden_size=8, init_stddev=1.0, max_length=16)
+ROWS = 4000
+
+
+@dataclasses.dataclass(frozen=True)
+class LyingDraftModel(DraftModel):
+    """States a flat law for tokens that it drew from another."""
+
+    def propose(self, *args: Any):
+        draft, state, cache = super().propose(*args)
+        flat = jnp.full_like(draft.probs, 1 / draft.probs.shape[-1])
+        return draft.replace(probs=flat), state, cache
+
+
+def p_value(drafter: DraftModel, sampling: SamplingParams) -> float:
+    """Pearson's test of ROWS sampled continuations of one token by three."""
+    draft_weights = weights(drafter.cfg, 9)
+    eng = engine(TINY, drafter=drafter, drafter_params=draft_weights)
+    got = np.asarray(eng.generate([[2]] * ROWS, 3, sampling=sampling, seeds=range(ROWS)).tokens)
+    observed = np.bincount(got @ np.array([16, 4, 1]), minlength=64)
+    law = np.zeros((4, 4, 4))
+    for a, b, c in itertools.product(range(4), repeat=3):
+        rows = sampling.warp(jnp.asarray(forward_logits(TINY, [2, a, b])))
+        law[a, b, c] = rows[0, a] * rows[1, b] * rows[2, c]
+    expected = ROWS * law.reshape(-1) / law.sum()
+    assert not np.any(observed[expected == 0])
+    rare = expected < 5
+    observed = np.append(observed[~rare], observed[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    keep = expected > 0
+    return float(stats.chisquare(observed[keep], expected[keep]).pvalue)
+
+
+@pytest.mark.parametrize(
+    ("length", "sampling"),
+    [
+        (1, SamplingParams.make(1.0)),
+        (2, SamplingParams.make(1.0)),
+        (3, SamplingParams.make(0.7, top_p=0.8)),
+    ],
+    ids=["short", "middle", "warped"],
+)
+def test_text_sampled_with_a_draft_model_has_the_targets_law(length, sampling):
+    assert p_value(DraftModel(TINY, length), sampling) > 1e-4
+
+
+def test_the_statistics_reject_a_wrong_draft_law():
+    assert p_value(LyingDraftModel(TINY, 2), SamplingParams.make(1.0)) < 1e-6
+
+
+# Prompt lookup.
+def naive_copy(text: list[int], ngrams: tuple[int, ...], count: int) -> list[int] | None:
+    for size in ngrams:
+        for end in range(len(text) - 2, size - 2, -1):
+            if text[end - size + 1 : end + 1] == text[len(text) - size :] and len(text) >= size:
+                grown = list(text)
+                period = len(text) - 1 - end
+                for _ in range(count):
+                    grown.append(grown[-period])
+                return grown[len(text) :]
+    return None
+
+
+@pytest.mark.parametrize("ngrams", [(3, 2), (3, 2, 1), (2,)])
+def test_lookup_copies_what_followed_the_most_recent_longest_match(ngrams):
+    rng = np.random.default_rng(len(ngrams))
+    look = jax.jit(lambda tokens, n: copy_after_match(tokens, n, ngrams, 6))
+    hits = 0
+    for _ in range(300):
+        length = int(rng.integers(1, 20))
+        tokens = rng.integers(0, 4, 24).astype(np.int32)
+        got, found = look(jnp.asarray(tokens), jnp.asarray(length, jnp.int32))
+        want = naive_copy(tokens[:length].tolist(), ngrams, 6)
+        assert bool(found) == (want is not None)
+        if want is not None:
+            assert np.asarray(got).tolist() == want
+            hits += 1
+    assert 50 < hits < 300
+
+
+def test_lookup_drafts_only_the_root_where_nothing_matches():
+    got = engine(drafter=LookupDrafter()).generate([[1, 2, 3, 4, 5]], 1)
+    assert got.stats.drafted == 0 and got.stats.rounds == 1
+    repeated = engine(drafter=LookupDrafter()).generate([[1, 2, 3, 4, 1, 2, 3]], 1)
+    assert repeated.stats.drafted == 10
+    with pytest.raises(ValueError, match="length and n-gram sizes of 1 or more"):
+        LookupDrafter(length=0)
+
+
+# Names.
+def test_drafters_are_made_by_name():
+    model = target_model()
+    assert make_drafter("none", model) == (NoDrafter(), None)
+    assert make_drafter("lookup", model) == (LookupDrafter(), None)
+    assert make_drafter("recycling", model) == (TokenRecycling(), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lookahead", "unknown drafter 'lookahead': choose one of none, lookup"),
+        ("", "unknown drafter ''"),
+        ("draft", "lacks its directory: write 'draft:DIR'"),
+        ("medusa:", "lacks its directory: write 'medusa:DIR'"),
+        ("lookup:3", "takes no argument, got 'lookup:3'"),
+    ],
+)
+def test_names_of_drafters_are_checked(name, message):
+    with pytest.raises(ValueError, match=message):
+        check_name(name)
+
+
+def test_every_registered_drafter_is_named_as_module_and_attribute():
+    assert all(entry.count(":") == 1 for entry in DRAFTERS.values())
+    assert {"none", "lookup", "recycling"} <= set(DRAFTERS)
+
+
+def test_a_missing_draft_model_is_refused_by_name():
+    with pytest.raises(FileNotFoundError, match="no model '/nowhere'"):
+        make_drafter("draft:/nowhere", target_model())
+
+
+def test_a_draft_model_with_another_tokenizer_is_refused(tmp_path):
+    for name, shift in (("same", 0), ("other", 1)):
+        save_model(tmp_path / name, config(num_layers=1), letters(shift))
+    drafter, params = make_drafter(f"draft:{tmp_path / 'same'}", target_model())
+    assert isinstance(drafter, DraftModel) and drafter.cfg.num_layers == 1
+    assert not params.segments[0].stacked
+    with pytest.raises(ValueError, match="another tokenizer than target"):
+        make_drafter(f"draft:{tmp_path / 'other'}", target_model())
+
+
+def target_model() -> Model:
+    return Model(params=weights(config()), cfg=config(), tokenizer=letters(), name="target")
+
+
+def test_target_outputs_default_to_nothing():
+    outputs = TargetOutputs(tokens=jnp.zeros((1, 2), jnp.int32))
+    assert outputs.logits is None and outputs.hidden is None
