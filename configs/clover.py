@@ -1,0 +1,53 @@
+r"""Clover-2 heads for the shipped base model.
+
+The target's hidden states first, over texts that it writes itself, then the heads:
+
+    python -m train.data.collect --target=base --prompts=python_stdlib --count=2000 \
+        --out=runs/hidden/base
+    python -m train --config=configs/clover.py --workdir=runs/clover
+
+Ablations of the method's page: `--config.task.heads.num_layers=0` (no augmenting block),
+`--config.task.heads.regressive=False` (no regression), `--config.task.heads.distill=False` (tokens
+instead of the target's laws).
+"""
+
+import ml_collections
+
+from configs import defaults
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The authors' optimiser with warm-up and decay scaled to 3,000 updates of 4,096 positions."""
+    config = defaults.training()
+    config.task.update(
+        {
+            "name": "research.speculative.clover.task:CloverTask",
+            "target": "base",
+            "hidden": "runs/hidden/base",
+            "sequence_length": 256,
+            "draft_vocab": ml_collections.config_dict.placeholder(int),
+            "heads": {
+                "num_heads": 5,
+                "num_layers": 1,
+                "v_weight": 10.0,
+                "p_weight": 1.0,
+                "decay": 0.7,
+                "variant": "clover2",
+                "regressive": True,
+                "distill": True,
+            },
+        }
+    )
+    config.steps = 3000
+    config.batch_size = 16
+    config.clip = "value"
+    config.clip_threshold = 0.5
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "linear"
+    config.optimizer.warmup_steps = 100
+    config.optimizer.final_fraction = 0.0
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.beta2 = 0.95
+    config.evaluate_every = 1000
+    config.checkpoint_every = 500
+    return config

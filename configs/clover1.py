@@ -1,0 +1,19 @@
+"""Clover-1 heads (a reconstruction) for the shipped base model.
+
+Hidden states as for `configs/clover.py`, then:
+
+    python -m train --config=configs/clover1.py --workdir=runs/clover1
+"""
+
+import ml_collections
+
+from configs import clover
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """As Clover-2, with one augmenting layer, residual heads and the text's tokens as labels."""
+    config = clover.get_config()
+    config.task.heads.update(
+        {"variant": "clover1", "num_layers": 1, "num_heads": 5, "distill": False}
+    )
+    return config

@@ -1,0 +1,27 @@
+r"""Clover-2 heads for SmolLM2-135M-Instruct, drafting over its 8,192 most frequent tokens.
+
+    python -m train.data.collect --target=smollm2-135m --prompts=FILE.jsonl,... --field=question \
+        --chat --count=1500 --prompt_tokens=160 --max_new_tokens=128 --out=runs/hidden/smollm2
+    python -m train --config=configs/clover_smollm2.py --workdir=runs/clover_smollm2
+
+The loss, too, is over the draft vocabulary alone.
+"""
+
+import ml_collections
+
+from configs import clover
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """About 300,000 tokens of the target's own text, seen a few times."""
+    config = clover.get_config()
+    config.task.target = "smollm2-135m"
+    config.task.hidden = "runs/hidden/smollm2"
+    config.task.draft_vocab = 8192
+    config.task.heads.num_layers = 1
+    config.steps = 800
+    config.batch_size = 8
+    config.optimizer.warmup_steps = 50
+    config.evaluate_every = 400
+    config.checkpoint_every = 100
+    return config

@@ -1,0 +1,30 @@
+"""Medusa-1 heads for the shipped base model: the baseline with independent heads.
+
+Hidden states as for `configs/clover.py`, then:
+
+    python -m train --config=configs/medusa.py --workdir=runs/medusa
+"""
+
+import ml_collections
+
+from configs import clover
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The data and number of updates of Clover-2; the authors' cosine schedule, no weight decay."""
+    config = clover.get_config()
+    config.task.name = "research.speculative.clover.task:MedusaTask"
+    config.task.heads = ml_collections.ConfigDict(
+        {
+            "num_heads": 4,
+            "shared_head": False,
+            "rank": 64,
+            "draft_vocab": ml_collections.config_dict.placeholder(int),
+            "decay": 0.8,
+        }
+    )
+    config.clip = "none"
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = config.steps // 10
+    config.optimizer.beta2 = 0.999
+    return config

@@ -1,0 +1,24 @@
+"""Medusa heads for SmolLM2-135M-Instruct that share its frozen head: block plus a rank-64 map.
+
+Hidden states as for `configs/clover_smollm2.py`, then:
+
+    python -m train --config=configs/medusa_smollm2.py --workdir=runs/medusa_smollm2
+
+A departure from the paper, whose heads each have a matrix over the whole vocabulary.
+"""
+
+import ml_collections
+
+from configs import clover_smollm2, medusa
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The data and number of updates of Clover-2 on the same target."""
+    config, like = medusa.get_config(), clover_smollm2.get_config()
+    for name in ("target", "hidden", "draft_vocab"):
+        config.task[name] = like.task[name]
+    config.task.heads.shared_head = True
+    for name in ("steps", "batch_size", "evaluate_every", "checkpoint_every"):
+        config[name] = like[name]
+    config.optimizer.warmup_steps = config.steps // 10
+    return config

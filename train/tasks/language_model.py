@@ -1,0 +1,108 @@
+"""Next-token prediction on packed text."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from models import decoder
+from models.attention import Step
+from models.params import cast
+from models.tokenizer import Tokenizer, check_vocab
+from train.data.pipeline import DataConfig, evaluation_batches, load_tokens, make_dataset
+from train.losses import token_cross_entropy
+from train.matrix import wrap_matrices
+from train.step import DTYPES
+from train.task import BaseTask, Context
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel(BaseTask):
+    """A decoder trained on a corpus; evaluated in bits per byte of held-out text.
+
+    ``unroll`` compiles each layer on its own instead of scanning them: longer to compile, and
+    faster on CPU, where a scan copies what the backward pass needs.
+    """
+
+    model: decoder.Config
+    corpus: str
+    tokenizer: str
+    sequence_length: int
+    evaluation_split: str = "validation"
+    evaluation_rows: int = 16
+    unroll: bool = False
+    remat: bool = False
+
+    def specs(self) -> decoder.Params:
+        """The decoder's parameters."""
+        return decoder.specs(self.model)
+
+    def data(self, context: Context) -> grain.IterDataset:
+        """Packed windows of the training split.
+
+        Raises:
+            ValueError: the tokenizer has more ids than the model.
+        """
+        check_vocab(Tokenizer.load(self.tokenizer), self.model.vocab_size)
+        rows = context.config.batch_size
+        return make_dataset(self._reading(context, "train", rows))
+
+    def loss(self, params: Any, batch: dict[str, Array], key: Array) -> tuple[Array, dict]:
+        """Mean nats per target token."""
+        nats, weight = self.nats(params, batch)
+        mean = nats / jnp.maximum(weight, 1.0)
+        return mean, {"weight": weight}
+
+    def nats(self, params: Any, batch: dict[str, Array]) -> tuple[Array, Array]:
+        """Sum of nats over the targets of a batch, and their number."""
+        if self.unroll:
+            params = decoder.unstack(params)
+        params = params.replace(
+            segments=tuple(s.replace(layers=wrap_matrices(s.layers)) for s in params.segments)
+        )
+        step = Step(batch["positions"], segments=batch["segments"], causal=self.model.causal)
+        out = decoder.forward(params, self.model, batch["tokens"], step=step, remat=self.remat)
+        head = params.embed if params.head is None else params.head.T
+        nats = token_cross_entropy(out.hidden, head, batch["targets"], batch["mask"])
+        return nats, jnp.sum(batch["mask"])
+
+    def evaluate(self, params: Any, context: Context) -> dict[str, float]:
+        """``bits_per_byte`` and ``nats_per_token`` of the whole evaluation split.
+
+        Each document starts anew and is read in windows without overlap, so this is an upper
+        bound on what a longer context would give.
+        """
+        reading = self._reading(context, self.evaluation_split, self.evaluation_rows)
+        add = _evaluation_step(self, DTYPES[context.config.compute_dtype])
+        sums = [0.0, 0.0]
+        for batch in evaluation_batches(reading):
+            parts = add(params, context.put(batch))
+            sums = [a + float(b) for a, b in zip(sums, parts, strict=True)]
+        nats, count = sums
+        return {
+            "bits_per_byte": nats / math.log(2) / load_tokens(reading).num_bytes,
+            "nats_per_token": nats / count,
+        }
+
+    def _reading(self, context: Context, split: str, rows: int) -> DataConfig:
+        return DataConfig(
+            corpus=self.corpus,
+            tokenizer=self.tokenizer,
+            split=split,
+            sequence_length=self.sequence_length,
+            batch_size=rows,
+            seed=context.config.seed,
+            process_index=context.process_index,
+            process_count=context.process_count,
+        )
+
+
+@functools.cache
+def _evaluation_step(task: LanguageModel, dtype: Any) -> Any:
+    """The compiled sums of one batch; kept, so that every evaluation of a run shares it."""
+    return jax.jit(lambda params, batch: task.nats(cast(params, dtype), batch))
