@@ -1,0 +1,160 @@
+"""Results on disk: one JSON schema for every experiment.
+
+A result names the host, the versions, the commit, the command, the config, the seeds, and keeps
+the raw samples of every number beside mean and spread. Tables and figures are made from these
+files and from nothing else (``experiments.report``).
+"""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+SCHEMA = 1
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "optax")
+
+
+def sample(values: Sequence[float]) -> dict[str, Any]:
+    """Raw samples with their mean, standard deviation (0 for one sample), minimum and maximum.
+
+    Raises:
+        ValueError: no samples, or one that is not finite.
+    """
+    values = [float(v) for v in values]
+    if not values or not all(math.isfinite(v) for v in values):
+        raise ValueError(f"a result needs finite samples, got {values}: look at the run that made them.")
+    return {
+        "samples": values,
+        "mean": statistics.fmean(values),
+        "spread": statistics.stdev(values) if len(values) > 1 else 0.0,
+        "min": min(values),
+        "max": max(values),
+    }
+
+
+def host() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "platform": jax.default_backend(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def memory_bandwidth(megabytes: int = 256, repeats: int = 5) -> float:
+    """Measured read bandwidth in GB/s: the best time of summing a large array."""
+    x = jnp.ones((megabytes * 2**20 // 4,), jnp.float32)
+    total = jax.jit(jnp.sum)
+    total(x).block_until_ready()
+    best = math.inf
+    for _ in range(repeats):
+        start = time.perf_counter()
+        total(x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return x.nbytes / best / 1e9
+
+
+def commit() -> dict[str, Any]:
+    """The commit of the code, and whether the tree differs from it; None outside git."""
+    root = Path(__file__).parent.parent
+
+    def git(*args: str) -> str | None:
+        try:
+            out = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return out.stdout.strip() if out.returncode == 0 else None
+
+    head, status = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": head, "modified": None if status is None else bool(status)}
+
+
+def save(
+    name: str,
+    rows: Sequence[dict[str, Any]],
+    *,
+    config: Any,
+    seeds: Sequence[int],
+    timing: dict[str, Any] | None = None,
+    folder: Path = RESULTS,
+) -> Path:
+    """Write ``<folder>/<name>.json`` atomically and return its path.
+
+    Args:
+        rows: one per line of the table; numbers that were measured are made by :func:`sample`.
+        config: the settings, a dataclass or a plain mapping.
+        seeds: all seeds used.
+        timing: bandwidth, load average and compile times, for experiments that measure seconds.
+    """
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        config = dataclasses.asdict(config)
+    result = {
+        "schema": SCHEMA,
+        "experiment": name,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
+        "host": host(),
+        "versions": {p: metadata.version(p) for p in PACKAGES},
+        **commit(),
+        "config": config,
+        "seeds": list(seeds),
+        "timing": timing,
+        "rows": list(rows),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
+        json.dump(result, file, indent=1, allow_nan=False)
+        file.write("\n")
+    os.replace(file.name, path)
+    return path
+
+
+def _module() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
+
+
+def load(name: str, folder: Path = RESULTS) -> dict[str, Any]:
+    """A result by name.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not JSON, or of another schema version.
+    """
+    path = folder / f"{name}.json"
+    if not path.exists():
+        raise FileNotFoundError(f"there is no result {path.name}: run python -m experiments.{name} first.")
+    try:
+        result = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path.name} is not valid JSON ({error}): make it again.") from error
+    if result.get("schema") != SCHEMA:
+        raise ValueError(f"{path.name} has schema {result.get('schema')}, this code reads {SCHEMA}: make it again.")
+    return result

@@ -1,0 +1,115 @@
+"""Tables and figures, made from ``experiments/results/*.json`` and nothing else.
+
+``python -m experiments.report`` rewrites every table between its markers and every figure;
+``--check`` only says what is out of date (the test suite runs it). A table stands between
+``<!-- table: NAME -->`` and ``<!-- end table -->``; a figure carries the hash of its result.
+"""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from experiments import figures, record
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """One generated table: where it stands, which result it shows, how rows become cells."""
+
+    name: str
+    document: str
+    result: str
+    header: tuple[str, ...]
+    row: Callable[[dict[str, Any]], tuple[str, ...]]
+    keep: Callable[[dict[str, Any]], bool] = lambda row: True
+
+
+def number(value: dict[str, Any], digits: int = 2) -> str:
+    """``mean ± spread`` of a sample, or the mean alone if there is only one."""
+    if len(value["samples"]) == 1:
+        return f"{value['mean']:.{digits}f}"
+    return f"{value['mean']:.{digits}f} ± {value['spread']:.{digits}f}"
+
+
+def caption(result: dict[str, Any]) -> str:
+    """One line under a table: hardware, versions, commit and the command."""
+    host, versions = result["host"], result["versions"]
+    commit = (result["commit"] or "unknown")[:10]
+    return (
+        f"{host['processor']}, {host['cores']} cores, {host['platform']}, float32, "
+        f"jax {versions['jax']}, seeds {result['seeds']}, commit {commit}"
+        f"{' (with changes)' if result['modified'] else ''}, {result['date']}: `{result['command']}`"
+    )
+
+
+def render(table: Table) -> str:
+    """The table's Markdown, with its caption."""
+    result = record.load(table.result)
+    lines = ["| " + " | ".join(table.header) + " |", "|" + " --- |" * len(table.header)]
+    lines += ["| " + " | ".join(table.row(r)) + " |" for r in result["rows"] if table.keep(r)]
+    return "\n".join([*lines, "", caption(result)])
+
+
+def insert(document: str, name: str, body: str) -> str:
+    """``document`` with the part between the markers of table ``name`` replaced.
+
+    Raises:
+        ValueError: the markers are not there exactly once.
+    """
+    pattern = re.compile(
+        rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end table -->)", re.DOTALL
+    )
+    new, found = pattern.subn(lambda m: f"{m[1]}{body}\n{m[2]}", document)
+    if found != 1:
+        raise ValueError(f"found {found} places for table {name}: put its two markers in once.")
+    return new
+
+
+def source_hash(result: str) -> str:
+    """Hash of a result file, kept in the figures made from it."""
+    return hashlib.sha256((record.RESULTS / f"{result}.json").read_bytes()).hexdigest()[:16]
+
+
+def stale(tables: tuple[Table, ...], drawn: tuple[figures.Figure, ...]) -> list[str]:
+    """Names of the tables and figures that differ from what their results would give now."""
+    names = []
+    for table in tables:
+        document = (ROOT / table.document).read_text()
+        if insert(document, table.name, render(table)) != document:
+            names.append(f"table {table.name} in {table.document}")
+    for figure in drawn:
+        path = ROOT / figure.path
+        if not path.exists() or source_hash(figure.result) not in path.read_text():
+            names.append(f"figure {figure.path}")
+    return names
+
+
+def update(tables: tuple[Table, ...], drawn: tuple[figures.Figure, ...]) -> None:
+    """Rewrite every table and every figure."""
+    for table in tables:
+        path = ROOT / table.document
+        path.write_text(insert(path.read_text(), table.name, render(table)))
+    for figure in drawn:
+        figures.save(figure, record.load(figure.result), ROOT / figure.path, source_hash(figure.result))
+
+
+def main(_: list[str]) -> None:
+    """Update, or with ``--check`` list what is stale and fail."""
+    from experiments.tables import TABLES
+
+    if not flags.FLAGS.check:
+        update(TABLES, figures.FIGURES)
+    if names := stale(TABLES, figures.FIGURES):
+        raise SystemExit("out of date: " + "; ".join(names) + ". Run python -m experiments.report.")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_bool("check", False, "Only check, and fail if anything is out of date.")
+    app.run(main)
