@@ -16,6 +16,7 @@ DRAFTERS = {
     "recycling": "research.speculative.token_recycling.drafter:load",
     "draft:DIR": "inference.drafters.draft_model:load",
     "medusa:DIR": "inference.drafters.medusa:load",
+    "eagle:DIR": "inference.drafters.eagle:load",
     "clover:DIR": "research.speculative.clover.drafter:load",
 }
 """What can be asked for. ``DIR`` stands for a directory, or whatever else names a model."""

@@ -1,0 +1,159 @@
+"""Measuring a drafter on a model: tokens per pass, exactness, cost and speed.
+
+Everything here takes a model and a drafter as they are; training the heads and choosing what to
+compare is the experiments' part.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from inference.drafter import Context, Drafter, NoDrafter, Target
+from inference.engine import Generation, bucket, make_engine
+from inference.loop import State, decode_round
+from models import decoder
+from models.load import Model
+from ops.sampling import SamplingParams
+
+MARGIN = 4.0
+"""A token counts as greedy within this many times the measured error between widths."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Exactness:
+    """How greedy texts compare with plain decoding, token by token.
+
+    ``differing`` tokens are not what a pass over the same prefix at another width prefers; they are
+    ``near_ties`` if their logit lies within ``MARGIN`` times ``width_error`` of the best, else
+    ``wrong``. ``same_width_mismatches`` counts prompts whose text is not, bit for bit, that of
+    plain decoding at the drafter's own width.
+    """
+
+    tokens: int
+    differing: int
+    near_ties: int
+    width_error: float
+    same_width_mismatches: int
+
+    @property
+    def wrong(self) -> int:
+        """Tokens that no rounding explains."""
+        return self.differing - self.near_ties
+
+
+def _scores(model: Model, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Logits at every position of each text, by one pass over it."""
+
+    @jax.jit
+    def run(params: Any, tokens: Any) -> Any:
+        return decoder.unembed(params, model.cfg, decoder.forward(params, model.cfg, tokens).hidden)
+
+    length = bucket(max(len(t) for t in texts), 16)
+    out = []
+    for text in texts:
+        tokens = np.zeros((1, length), np.int32)
+        tokens[0, : len(text)] = text
+        out.append(np.asarray(run(model.params, jnp.asarray(tokens)))[0, : len(text)])
+    return out
+
+
+def width_error(model: Model, texts: Sequence[Sequence[int]]) -> float:
+    """Largest difference of logits between a pass over the text and passes of half its length."""
+    error = 0.0
+    for text in texts:
+        half = len(text) // 2
+        whole, part = _scores(model, [text])[0], _scores(model, [text[:half]])[0]
+        error = max(error, float(np.abs(whole[:half] - part).max()))
+    return error
+
+
+def exactness(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
+    same_width: Sequence[Sequence[int]],
+) -> Exactness:
+    """Check greedy ``texts`` against the model itself; see :class:`Exactness`."""
+    whole = [[*p, *t] for p, t in zip(prompts, texts, strict=True)]
+    error = width_error(model, whole[:2])
+    differing = near = total = 0
+    for prompt, text, logits in zip(prompts, texts, _scores(model, whole), strict=True):
+        rows = logits[len(prompt) - 1 : len(prompt) - 1 + len(text)]
+        gaps = rows.max(axis=-1) - rows[np.arange(len(text)), text]
+        total += len(text)
+        differing += int(np.sum(gaps > 0))
+        near += int(np.sum((gaps > 0) & (gaps <= MARGIN * error)))
+    mismatches = sum(list(a) != list(b) for a, b in zip(texts, same_width, strict=True))
+    return Exactness(total, differing, near, error, mismatches)
+
+
+def draft_cost(model: Model, drafter: Drafter, params: Any, prompt: Sequence[int]) -> float:
+    """FLOPs of one draft as a share of those of one plain decoding pass, by the compiler's count."""
+    if isinstance(drafter, NoDrafter):
+        return 0.0
+    greedy = SamplingParams.make()
+
+    def flops(drafter: Drafter, params: Any, function: Any) -> float:
+        engine = make_engine(model.params, model.cfg, drafter=drafter, drafter_params=params)
+        state, seeds = engine.start([prompt], 32, greedy)
+        compiled = jax.jit(function).lower(engine.params, params, state, seeds).compile()
+        return float(compiled.cost_analysis()["flops"])
+
+    def draft(weights: Any, params: Any, state: State, seeds: Any) -> Any:
+        root = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
+        context = Context(state.tokens, state.length, seeds, greedy, state.cache.capacity)
+        target = Target(weights, model.cfg)
+        return drafter.propose(params, state.drafter, target, state.cache, root, context)
+
+    def plain(weights: Any, params: Any, state: State, seeds: Any) -> State:
+        policy, none = decoder.default_policy(model.cfg), jnp.zeros((0,), jnp.int32)
+        return decode_round(
+            weights, model.cfg, policy, NoDrafter(), None, state, seeds, greedy, none, None, "greedy"
+        )
+
+    return flops(drafter, params, draft) / flops(NoDrafter(), None, plain)
+
+
+def generate(
+    model: Model,
+    drafter: Drafter,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> Generation:
+    """All prompts as one batch; the texts do not depend on that."""
+    engine = make_engine(model.params, model.cfg, drafter=drafter, drafter_params=params)
+    seeds = [1000 * seed + i for i in range(len(prompts))]
+    return engine.generate(
+        prompts, new_tokens, sampling=SamplingParams.make(temperature), seeds=seeds
+    )
+
+
+def speed(
+    model: Model,
+    drafter: Drafter,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    temperature: float,
+) -> float:
+    """Tokens per second at batch 1 over all prompts, prefill and compilation not counted."""
+    engine = make_engine(model.params, model.cfg, drafter=drafter, drafter_params=params)
+    sampling = SamplingParams.make(temperature)
+    engine.generate(prompts[:1], new_tokens, sampling=sampling)
+    tokens = seconds = 0.0
+    for prompt in prompts:
+        state, seeds = engine.start([prompt], new_tokens, sampling)
+        jax.block_until_ready(state)
+        start = time.perf_counter()
+        state = jax.block_until_ready(engine.run(state, seeds, sampling, ()))
+        seconds += time.perf_counter() - start
+        tokens += int(state.stats.emitted[0])
+    return tokens / seconds

@@ -1,0 +1,325 @@
+"""The main comparison: drafters trained and measured on one frozen model, losslessly.
+
+    python -m experiments.speculative --model=python-5m --folder=runs/speculative
+
+Small-scale protocol of Clover: heads trained with equal data and updates (Clover-2, its ablations,
+Clover-1 as reconstructed, Medusa, a one-layer EAGLE-like drafter), beside what needs no training
+(prompt lookup, Token Recycling) and a small draft model. Measured: tokens per target pass at
+temperatures 0 and 1, accuracy per head, draft cost, modelled and measured speedup, and exactness.
+Every seed trains its own heads and draws its own prompts. A run that was cut off goes on where it
+was: hidden states, heads and finished rows are kept in the folder.
+"""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+
+from experiments import measure, record
+from inference.drafter import NoDrafter
+from inference.drafters.registry import make_drafter
+from models.load import Model, load
+from models.sharding import make_mesh
+from train.config import TrainConfig, build, build_task
+from train.data.corpus import load_corpus
+from train.data.hidden import HiddenTexts, generate_texts, write_hidden
+from train.loop import train
+
+TRAINED = {
+    "medusa": ("configs.medusa", {}),
+    "clover": ("configs.clover", {}),
+    "clover-no-regression": ("configs.clover", {"regressive": False}),
+    "clover-no-augment": ("configs.clover", {"num_layers": 0}),
+    "clover-no-distill": ("configs.clover", {"distill": False}),
+    "clover1": ("configs.clover1", {}),
+    "eagle-like": ("configs.eagle", {}),
+}
+"""Method name to its config and the changes of its heads."""
+
+UNTRAINED = ("none", "lookup", "recycling", "draft")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is compared, and how much of everything; see the flags."""
+
+    model: str
+    folder: str
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    texts: int
+    prompt_tokens: int
+    text_tokens: int
+    steps: int
+    batch_size: int
+    prompts: int
+    new_tokens: int
+    draft_model: str
+    draft_vocab: int | None
+    speed_prompts: int
+
+
+def corpus_prompts(model: Model, split: str, count: int, tokens: int, seed: int) -> list[list[int]]:
+    """``count`` beginnings of ``tokens`` tokens at random places of a split's documents.
+
+    Raises:
+        ValueError: the split has no document that long.
+    """
+    documents = [model.tokenizer.encode(d.text) for d in load_corpus("python_stdlib", split)]
+    documents = [d for d in documents if len(d) > tokens]
+    if not documents:
+        raise ValueError(f"no document of {split} has more than {tokens} tokens: ask for shorter prompts.")
+    rng = np.random.default_rng(seed)
+    weights = np.array([len(d) for d in documents], np.float64)
+    prompts = []
+    for i in rng.choice(len(documents), size=count, p=weights / weights.sum()):
+        start = int(rng.integers(len(documents[i]) - tokens))
+        prompts.append(documents[i][start : start + tokens])
+    return prompts
+
+
+def collect(settings: Settings, model: Model) -> pathlib.Path:
+    """The folder of hidden states over texts that the model wrote itself; made once."""
+    folder = pathlib.Path(settings.folder) / "hidden"
+    if (folder / "manifest.json").exists():
+        return folder
+    prompts = corpus_prompts(model, "train", settings.texts // 2, settings.prompt_tokens, seed=0)
+    engine = measure.make_engine(model.params, model.cfg)
+    texts = generate_texts(
+        engine,
+        prompts,
+        settings.text_tokens,
+        batch=32,
+        on_progress=lambda done, total: print(f"\rtexts {done}/{total}", end="", flush=True),
+    )
+    print()
+    write_hidden(folder, model.params, model.cfg, texts)
+    return folder
+
+
+def train_heads(settings: Settings, method: str, seed: int, hidden: pathlib.Path) -> dict[str, Any]:
+    """Train one method's heads with one seed and save them; returns the evaluation."""
+    out = pathlib.Path(settings.folder) / f"{method}-{seed}"
+    done = out / "evaluation.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    module, changes = TRAINED[method]
+    config = importlib.import_module(module).get_config()
+    config.seed = seed
+    config.steps = settings.steps
+    config.batch_size = settings.batch_size
+    config.task.target = settings.model
+    config.task.hidden = str(hidden)
+    config.task.draft_vocab = settings.draft_vocab
+    if method == "medusa":
+        config.task.heads.draft_vocab = settings.draft_vocab
+    config.task.heads.update(changes)
+    config.optimizer.warmup_steps = max(1, settings.steps // 10)
+    config.log_every = max(1, settings.steps // 20)
+    config.evaluate_every = 0
+    config.checkpoint_every = max(1, settings.steps // 4)
+    built = build(TrainConfig, config.to_dict())
+    result = train(built, out / "run", make_mesh({}, jax.devices()[:1]))
+    if result.stopped:
+        raise SystemExit("stopped by a signal: the same command goes on from here.")
+    task = build_task(built)
+    task.save(result.state.trained, out / "heads", jnp.float32)
+    done.write_text(json.dumps(result.evaluation))
+    return result.evaluation
+
+
+def drafter_name(settings: Settings, method: str, seed: int) -> str:
+    """The registry's name for a method's drafter."""
+    if method == "draft":
+        return f"draft:{settings.draft_model}"
+    if method in UNTRAINED:
+        return method
+    kind = TRAINED[method][0].rsplit(".", 1)[1].rstrip("1")
+    return f"{kind}:{pathlib.Path(settings.folder) / f'{method}-{seed}' / 'heads'}"
+
+
+def measure_method(
+    settings: Settings, model: Model, method: str, seed: int, evaluation: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything measured about one method with one seed."""
+    drafter, params = make_drafter(drafter_name(settings, method, seed), model)
+    prompts = corpus_prompts(model, "test", settings.prompts, settings.prompt_tokens, seed=100 + seed)
+    row: dict[str, Any] = {"evaluation": evaluation}
+    for temperature in (0.0, 1.0):
+        out = measure.generate(
+            model, drafter, params, prompts, settings.new_tokens, temperature, seed
+        )
+        stats = out.stats
+        row[f"tokens_per_pass@{temperature:g}"] = out.tokens_per_pass
+        row[f"drafted_per_emitted@{temperature:g}"] = float(
+            stats.drafted.sum() / max(1, stats.emitted.sum())
+        )
+        row[f"by_depth@{temperature:g}"] = (stats.by_depth.sum(0) / stats.rounds.sum()).tolist()
+        if temperature == 0:
+            same = measure.generate(
+                model, NoDrafter(drafter.width), None, prompts, settings.new_tokens, 0.0, seed
+            )
+            row["exactness"] = dataclasses.asdict(
+                measure.exactness(model, prompts, out.tokens, same.tokens)
+            )
+    row["draft_cost"] = measure.draft_cost(model, drafter, params, prompts[0])
+    row["tokens_per_second"] = measure.speed(
+        model, drafter, params, prompts[: settings.speed_prompts], settings.new_tokens, 0.0
+    )
+    return row
+
+
+def run(settings: Settings) -> list[dict[str, Any]]:
+    """All methods and seeds; finished ones are read from the folder."""
+    logging.set_verbosity(logging.WARNING)  # the data and checkpoint libraries tell every step
+    model = load(settings.model)
+    folder = pathlib.Path(settings.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    hidden = collect(settings, model) if set(settings.methods) & set(TRAINED) else None
+    rows: dict[str, dict[int, Any]] = {}
+    for seed in settings.seeds:
+        for method in settings.methods:
+            kept = folder / f"{method}-{seed}.json"
+            if not kept.exists():
+                print(f"{method}, seed {seed}", flush=True)
+                evaluation = (
+                    train_heads(settings, method, seed, hidden)
+                    if hidden is not None and method in TRAINED
+                    else {}
+                )
+                result = measure_method(settings, model, method, seed, evaluation)
+                kept.write_text(json.dumps(result))
+            rows.setdefault(method, {})[seed] = json.loads(kept.read_text())
+    return [summarise(method, by_seed, rows.get("none")) for method, by_seed in rows.items()]
+
+
+def summarise(
+    method: str, by_seed: dict[int, dict[str, Any]], plain: dict[int, dict[str, Any]] | None
+) -> dict[str, Any]:
+    """One row of the result: samples over seeds, and what follows from them."""
+    runs = list(by_seed.values())
+    row: dict[str, Any] = {"method": method}
+    for name in (*(f"{n}@{t}" for n in ("tokens_per_pass", "drafted_per_emitted") for t in "01"),
+                 "draft_cost", "tokens_per_second"):  # fmt: skip
+        row[name] = record.sample([r[name] for r in runs])
+    row["modelled_speedup"] = record.sample(
+        [r["tokens_per_pass@0"] / (1 + r["draft_cost"]) for r in runs]
+    )
+    if plain is not None:
+        row["measured_speedup"] = record.sample(
+            [r["tokens_per_second"] / plain[s]["tokens_per_second"] for s, r in by_seed.items()]
+        )
+    for name in ("by_depth@0", "by_depth@1"):
+        row[name] = [record.sample(x) for x in zip(*(r[name] for r in runs), strict=True)]
+    row["accuracy"] = {
+        key: record.sample([r["evaluation"][key] for r in runs]) for key in runs[0]["evaluation"]
+    }
+    row["exactness"] = [r["exactness"] for r in runs]
+    return row
+
+
+def verdicts(rows: Sequence[dict[str, Any]]) -> dict[str, bool | None]:
+    """The protocol's statements that must hold, answered; None where a method is missing."""
+    by = {r["method"]: r for r in rows}
+
+    def mean(method: str, name: str) -> float:
+        return by[method][name]["mean"]
+
+    def compare(a: str, b: str, name: str, factor: float = 1.0) -> bool | None:
+        return mean(a, name) >= factor * mean(b, name) if a in by and b in by else None
+
+    pass0 = "tokens_per_pass@0"
+    cost = None
+    if "clover" in by and "eagle-like" in by:
+        cost = mean("clover", "draft_cost") < mean("eagle-like", "draft_cost")
+    return {
+        "clover has at least 1.1 times medusa's tokens per pass": compare("clover", "medusa", pass0, 1.1),
+        "regression helps": compare("clover", "clover-no-regression", pass0),
+        "the augmenting block helps": compare("clover", "clover-no-augment", pass0),
+        "distillation does not hurt": compare("clover", "clover-no-distill", pass0),
+        "clover drafts for fewer FLOPs than the EAGLE-like drafter": cost,
+        "every greedy text is exact": all(
+            e["differing"] == e["near_ties"] and e["same_width_mismatches"] == 0
+            for r in rows
+            for e in r["exactness"]
+        ),
+    }
+
+
+def show(rows: Sequence[dict[str, Any]]) -> str:
+    """The result as a plain table."""
+    lines = [f"{'method':22} {'tokens/pass':>12} {'at T=1':>8} {'draft cost':>10} {'modelled':>9} {'measured':>9}  exact"]
+    for r in rows:
+        exact = all(
+            e["differing"] == e["near_ties"] and e["same_width_mismatches"] == 0
+            for e in r["exactness"]
+        )
+        measured = f"{r['measured_speedup']['mean']:8.2f}x" if "measured_speedup" in r else " " * 9
+        lines.append(
+            f"{r['method']:22} {r['tokens_per_pass@0']['mean']:12.2f} "
+            f"{r['tokens_per_pass@1']['mean']:8.2f} {r['draft_cost']['mean']:10.3f} "
+            f"{r['modelled_speedup']['mean']:8.2f}x {measured}  {'yes' if exact else 'NO'}"
+        )
+    return "\n".join(lines)
+
+
+def main(_: Sequence[str]) -> None:
+    """Run with the flags' settings, print and save."""
+    values = flags.FLAGS
+    settings = Settings(
+        model=values.model,
+        folder=values.folder,
+        methods=tuple(values.methods),
+        seeds=tuple(int(s) for s in values.seeds),
+        texts=values.texts,
+        prompt_tokens=values.prompt_tokens,
+        text_tokens=values.text_tokens,
+        steps=values.steps,
+        batch_size=values.batch_size,
+        prompts=values.prompts,
+        new_tokens=values.new_tokens,
+        draft_model=values.draft_model,
+        draft_vocab=values.draft_vocab,
+        speed_prompts=values.speed_prompts,
+    )
+    rows = run(settings)
+    print(show(rows))
+    answers = verdicts(rows)
+    for statement, answer in answers.items():
+        print(f"{ {True: 'holds', False: 'DOES NOT HOLD', None: 'not measured'}[answer]:14} {statement}")
+    name = f"speculative_{pathlib.Path(settings.model).name.replace('-', '_')}"
+    timing = {"memory_bandwidth_gb_s": record.memory_bandwidth()}
+    path = record.save(
+        name, rows, config=settings, seeds=settings.seeds, timing=timing | {"verdicts": answers}
+    )
+    print("saved", path)
+
+
+def define_flags() -> None:
+    """The command's flags."""
+    flags.DEFINE_string("model", "python-5m", "The frozen model.")
+    flags.DEFINE_string("folder", "runs/speculative", "Where heads and finished rows are kept.")
+    flags.DEFINE_list("methods", [*UNTRAINED, *TRAINED], "What to compare.")
+    flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of heads and prompts.")
+    flags.DEFINE_integer("texts", 2048, "Texts that the model writes for training.")
+    flags.DEFINE_integer("prompt_tokens", 64, "Tokens of every prompt.")
+    flags.DEFINE_integer("text_tokens", 192, "Tokens that the model adds to each.")
+    flags.DEFINE_integer("steps", 600, "Updates of the heads.")
+    flags.DEFINE_integer("batch_size", 8, "Rows of 256 positions per update.")
+    flags.DEFINE_integer("prompts", 16, "Held-out prompts per seed.")
+    flags.DEFINE_integer("new_tokens", 200, "Tokens to generate for each.")
+    flags.DEFINE_string("draft_model", "python-1m", "The small draft model.")
+    flags.DEFINE_integer("draft_vocab", None, "Draft only the most frequent tokens.")
+    flags.DEFINE_integer("speed_prompts", 3, "Prompts that are timed at batch 1.")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
