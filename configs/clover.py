@@ -2,8 +2,8 @@ r"""Clover-2 heads for the shipped base model.
 
 The target's hidden states first, over texts that it writes itself, then the heads:
 
-    python -m train.data.collect --target=base --prompts=python_stdlib --count=2000 \
-        --out=runs/hidden/base
+    python -m train.data.collect --target=python-5m --prompts=python_stdlib --count=2000 \
+        --out=runs/hidden/python-5m
     python -m train --config=configs/clover.py --workdir=runs/clover
 
 Ablations of the method's page: `--config.task.heads.num_layers=0` (no augmenting block),
@@ -22,8 +22,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.task.update(
         {
             "name": "research.speculative.clover.task:CloverTask",
-            "target": "base",
-            "hidden": "runs/hidden/base",
+            "target": "python-5m",
+            "hidden": "runs/hidden/python-5m",
             "sequence_length": 256,
             "draft_vocab": ml_collections.config_dict.placeholder(int),
             "heads": {

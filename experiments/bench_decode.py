@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from absl import app, flags
 
 from experiments import record
@@ -37,7 +36,9 @@ def ours(engine: Engine, prompt: list[int], new_tokens: int) -> Callable[[int], 
     return run
 
 
-def theirs(folder: str, prompt: list[int], new_tokens: int, dtype: str) -> Callable[[int], list[int]]:
+def theirs(
+    folder: str, prompt: list[int], new_tokens: int, dtype: str
+) -> Callable[[int], list[int]]:
     """The same with ``transformers.generate``."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -123,10 +124,15 @@ def main(_: list[str]) -> None:
     ]
     for row in rows:
         print(
-            f"{row['model']:16} {row['side']:24} {np.median(row['tokens_per_second']['samples']):8.1f} "
+            f"{row['model']:16} {row['side']:24} {statistics.median(row['tokens_per_second']['samples']):8.1f}"
+            " "
             f"tokens/s   ours is {row['ours_over_this']:.2f} times this"
         )
-    config = {"prompt": PROMPT, "new_tokens": flags.FLAGS.new_tokens, "repeats": flags.FLAGS.repeats}
+    config = {
+        "prompt": PROMPT,
+        "new_tokens": flags.FLAGS.new_tokens,
+        "repeats": flags.FLAGS.repeats,
+    }
     print("saved", record.save("bench_decode", rows, config=config, seeds=[0]))
 
 

@@ -43,7 +43,9 @@ def main(_: Sequence[str]) -> None:
     settings = speculative.Settings(folder=str(folder), **SETTINGS)
     model = load(settings.model)
     size = model_params.count(model.params)
-    print(f"{settings.model}: {size / 1e6:.1f}M parameters, trained by this workspace on Python sources")
+    print(
+        f"{settings.model}: {size / 1e6:.1f}M parameters, trained by this workspace on Python sources"
+    )
     rows = speculative.run(settings)
     path = record.save(
         "demo",
@@ -55,7 +57,9 @@ def main(_: Sequence[str]) -> None:
     )
     result = record.load("demo", folder)
     picture = folder / "tokens_per_pass.svg"
-    figures.save(figures.Figure(str(picture), "demo", figures.tokens_per_pass), result, picture, "demo")
+    figures.save(
+        figures.Figure(str(picture), "demo", figures.tokens_per_pass), result, picture, "demo"
+    )
     page = replay.write(settings, model, folder / "replay.html")
     print()
     print(speculative.show(rows))
@@ -65,11 +69,17 @@ def main(_: Sequence[str]) -> None:
         "\nbound accelerators); measured: on this machine at batch 1; exact: every greedy text equals"
         "\nplain decoding."
     )
-    print(f"\ntable {path}, picture {picture}, replay {page}; {time.perf_counter() - start:.0f} s in all")
+    print(
+        f"\ntable {path}, picture {picture}, replay {page}; {time.perf_counter() - start:.0f} s in all"
+    )
     if not speculative.verdicts(rows)["every greedy text is exact"]:
-        raise SystemExit("a greedy text differs from plain decoding: this is a bug, please report it.")
+        raise SystemExit(
+            "a greedy text differs from plain decoding: this is a bug, please report it."
+        )
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("folder", "runs/demo", "Where everything is kept; a second run goes on from it.")
+    flags.DEFINE_string(
+        "folder", "runs/demo", "Where everything is kept; a second run goes on from it."
+    )
     app.run(main)

@@ -35,7 +35,10 @@ def tokens_per_pass(result: dict[str, Any]) -> Canvas:
     rows = result["rows"]
     figure, (bars, curves) = plt.subplots(1, 2, figsize=(10, 0.34 * len(rows) + 1.8))
     names = [r["method"] for r in rows]
-    for name, colour, offset in (("tokens_per_pass@0", 1.0, -0.2), ("tokens_per_pass@1", 0.45, 0.2)):
+    for name, colour, offset in (
+        ("tokens_per_pass@0", 1.0, -0.2),
+        ("tokens_per_pass@1", 0.45, 0.2),
+    ):
         values = [r[name] for r in rows]
         bars.barh(
             [i + offset for i in range(len(rows))],

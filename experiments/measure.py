@@ -113,7 +113,17 @@ def draft_cost(model: Model, drafter: Drafter, params: Any, prompt: Sequence[int
     def plain(weights: Any, params: Any, state: State, seeds: Any) -> State:
         policy, none = decoder.default_policy(model.cfg), jnp.zeros((0,), jnp.int32)
         return decode_round(
-            weights, model.cfg, policy, NoDrafter(), None, state, seeds, greedy, none, None, "greedy"
+            weights,
+            model.cfg,
+            policy,
+            NoDrafter(),
+            None,
+            state,
+            seeds,
+            greedy,
+            none,
+            None,
+            "greedy",
         )
 
     return flops(drafter, params, draft) / flops(NoDrafter(), None, plain)

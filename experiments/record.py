@@ -36,7 +36,9 @@ def sample(values: Sequence[float]) -> dict[str, Any]:
     """
     values = [float(v) for v in values]
     if not values or not all(math.isfinite(v) for v in values):
-        raise ValueError(f"a result needs finite samples, got {values}: look at the run that made them.")
+        raise ValueError(
+            f"a result needs finite samples, got {values}: look at the run that made them."
+        )
     return {
         "samples": values,
         "mean": statistics.fmean(values),
@@ -52,7 +54,9 @@ def host() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "platform": jax.default_backend(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "system": platform.system(),
         "python": platform.python_version(),
     }
@@ -86,7 +90,9 @@ def commit() -> dict[str, Any]:
 
     def git(*args: str) -> str | None:
         try:
-            out = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, timeout=20)
+            out = subprocess.run(
+                ["git", *args], cwd=root, capture_output=True, text=True, timeout=20
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return out.stdout.strip() if out.returncode == 0 else None
@@ -150,11 +156,15 @@ def load(name: str, folder: Path = RESULTS) -> dict[str, Any]:
     """
     path = folder / f"{name}.json"
     if not path.exists():
-        raise FileNotFoundError(f"there is no result {path.name}: run python -m experiments.{name} first.")
+        raise FileNotFoundError(
+            f"there is no result {path.name}: run python -m experiments.{name} first."
+        )
     try:
         result = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path.name} is not valid JSON ({error}): make it again.") from error
     if result.get("schema") != SCHEMA:
-        raise ValueError(f"{path.name} has schema {result.get('schema')}, this code reads {SCHEMA}: make it again.")
+        raise ValueError(
+            f"{path.name} has schema {result.get('schema')}, this code reads {SCHEMA}: make it again."
+        )
     return result

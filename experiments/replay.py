@@ -52,7 +52,9 @@ draw();
 """
 
 
-def rounds_of(model: Model, drafter: Any, params: Any, prompt: list[int], new: int) -> list[list[int]]:
+def rounds_of(
+    model: Model, drafter: Any, params: Any, prompt: list[int], new: int
+) -> list[list[int]]:
     """The new tokens of a greedy text, by round."""
     engine = make_engine(model.params, model.cfg, drafter=drafter, drafter_params=params)
     rounds: list[list[int]] = []

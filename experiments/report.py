@@ -97,7 +97,9 @@ def update(tables: tuple[Table, ...], drawn: tuple[figures.Figure, ...]) -> None
         path = ROOT / table.document
         path.write_text(insert(path.read_text(), table.name, render(table)))
     for figure in drawn:
-        figures.save(figure, record.load(figure.result), ROOT / figure.path, source_hash(figure.result))
+        figures.save(
+            figure, record.load(figure.result), ROOT / figure.path, source_hash(figure.result)
+        )
 
 
 def main(_: list[str]) -> None:

@@ -27,13 +27,15 @@ from inference.drafter import NoDrafter
 from inference.drafters.registry import make_drafter
 from models.load import Model, load
 from models.sharding import make_mesh
+from ops.tree import EAGLE_25, tree_from_paths
 from train.config import TrainConfig, build, build_task
 from train.data.corpus import load_corpus
-from train.data.hidden import HiddenTexts, generate_texts, write_hidden
+from train.data.hidden import generate_texts, write_hidden
 from train.loop import train
 
 TRAINED = {
     "medusa": ("configs.medusa", {}),
+    "medusa-63": ("configs.medusa", {}),
     "clover": ("configs.clover", {}),
     "clover-no-regression": ("configs.clover", {"regressive": False}),
     "clover-no-augment": ("configs.clover", {"num_layers": 0}),
@@ -41,7 +43,11 @@ TRAINED = {
     "clover1": ("configs.clover1", {}),
     "eagle-like": ("configs.eagle", {}),
 }
-"""Method name to its config and the changes of its heads."""
+"""Method name to its config and the changes of its heads.
+
+All drafters use the same static tree of 25 nodes, as far as their heads reach, except ``medusa-63``,
+which has Medusa's own.
+"""
 
 UNTRAINED = ("none", "lookup", "recycling", "draft")
 
@@ -75,7 +81,9 @@ def corpus_prompts(model: Model, split: str, count: int, tokens: int, seed: int)
     documents = [model.tokenizer.encode(d.text) for d in load_corpus("python_stdlib", split)]
     documents = [d for d in documents if len(d) > tokens]
     if not documents:
-        raise ValueError(f"no document of {split} has more than {tokens} tokens: ask for shorter prompts.")
+        raise ValueError(
+            f"no document of {split} has more than {tokens} tokens: ask for shorter prompts."
+        )
     rng = np.random.default_rng(seed)
     weights = np.array([len(d) for d in documents], np.float64)
     prompts = []
@@ -106,7 +114,7 @@ def collect(settings: Settings, model: Model) -> pathlib.Path:
 
 def train_heads(settings: Settings, method: str, seed: int, hidden: pathlib.Path) -> dict[str, Any]:
     """Train one method's heads with one seed and save them; returns the evaluation."""
-    out = pathlib.Path(settings.folder) / f"{method}-{seed}"
+    out = _heads_folder(settings, method, seed)
     done = out / "evaluation.json"
     if done.exists():
         return json.loads(done.read_text())
@@ -118,7 +126,7 @@ def train_heads(settings: Settings, method: str, seed: int, hidden: pathlib.Path
     config.task.target = settings.model
     config.task.hidden = str(hidden)
     config.task.draft_vocab = settings.draft_vocab
-    if method == "medusa":
+    if method.startswith("medusa"):
         config.task.heads.draft_vocab = settings.draft_vocab
     config.task.heads.update(changes)
     config.optimizer.warmup_steps = max(1, settings.steps // 10)
@@ -142,7 +150,12 @@ def drafter_name(settings: Settings, method: str, seed: int) -> str:
     if method in UNTRAINED:
         return method
     kind = TRAINED[method][0].rsplit(".", 1)[1].rstrip("1")
-    return f"{kind}:{pathlib.Path(settings.folder) / f'{method}-{seed}' / 'heads'}"
+    return f"{kind}:{_heads_folder(settings, method, seed) / 'heads'}"
+
+
+def _heads_folder(settings: Settings, method: str, seed: int) -> pathlib.Path:
+    # Medusa's heads are trained once for both of its trees.
+    return pathlib.Path(settings.folder) / f"{method.removesuffix('-63')}-{seed}"
 
 
 def measure_method(
@@ -150,7 +163,12 @@ def measure_method(
 ) -> dict[str, Any]:
     """Everything measured about one method with one seed."""
     drafter, params = make_drafter(drafter_name(settings, method, seed), model)
-    prompts = corpus_prompts(model, "test", settings.prompts, settings.prompt_tokens, seed=100 + seed)
+    if method == "medusa":
+        paths = (p for p in EAGLE_25.paths if len(p) <= drafter.cfg.num_heads)
+        drafter = dataclasses.replace(drafter, tree=tree_from_paths(paths))
+    prompts = corpus_prompts(
+        model, "test", settings.prompts, settings.prompt_tokens, seed=100 + seed
+    )
     row: dict[str, Any] = {"evaluation": evaluation}
     for temperature in (0.0, 1.0):
         out = measure.generate(
@@ -240,7 +258,9 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> dict[str, bool | None]:
     if "clover" in by and "eagle-like" in by:
         cost = mean("clover", "draft_cost") < mean("eagle-like", "draft_cost")
     return {
-        "clover has at least 1.1 times medusa's tokens per pass": compare("clover", "medusa", pass0, 1.1),
+        "clover has at least 1.1 times medusa's tokens per pass": compare(
+            "clover", "medusa", pass0, 1.1
+        ),
         "regression helps": compare("clover", "clover-no-regression", pass0),
         "the augmenting block helps": compare("clover", "clover-no-augment", pass0),
         "distillation does not hurt": compare("clover", "clover-no-distill", pass0),
@@ -255,7 +275,9 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> dict[str, bool | None]:
 
 def show(rows: Sequence[dict[str, Any]]) -> str:
     """The result as a plain table."""
-    lines = [f"{'method':22} {'tokens/pass':>12} {'at T=1':>8} {'draft cost':>10} {'modelled':>9} {'measured':>9}  exact"]
+    lines = [
+        f"{'method':22} {'tokens/pass':>12} {'at T=1':>8} {'draft cost':>10} {'modelled':>9} {'measured':>9}  exact"
+    ]
     for r in rows:
         exact = all(
             e["differing"] == e["near_ties"] and e["same_width_mismatches"] == 0
@@ -293,7 +315,9 @@ def main(_: Sequence[str]) -> None:
     print(show(rows))
     answers = verdicts(rows)
     for statement, answer in answers.items():
-        print(f"{ {True: 'holds', False: 'DOES NOT HOLD', None: 'not measured'}[answer]:14} {statement}")
+        print(
+            f"{ {True: 'holds', False: 'DOES NOT HOLD', None: 'not measured'}[answer]:14} {statement}"
+        )
     name = f"speculative_{pathlib.Path(settings.model).name.replace('-', '_')}"
     timing = {"memory_bandwidth_gb_s": record.memory_bandwidth()}
     path = record.save(
