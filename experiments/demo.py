@@ -36,6 +36,13 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+LEGEND = """
+tokens/pass: text tokens per pass of the model. draft cost: work of a draft as a share of a pass.
+modelled: speedup where a pass over a draft costs what a pass over one token does (memory-bound
+accelerators). measured: on this machine at batch 1. exact: every greedy text equals plain decoding.
+"""
+
+
 def main(_: Sequence[str]) -> None:
     """Run the demonstration."""
     start = time.perf_counter()
@@ -43,9 +50,7 @@ def main(_: Sequence[str]) -> None:
     settings = speculative.Settings(folder=str(folder), **SETTINGS)
     model = load(settings.model)
     size = model_params.count(model.params)
-    print(
-        f"{settings.model}: {size / 1e6:.1f}M parameters, trained by this workspace on Python sources"
-    )
+    print(f"{settings.model}: {size / 1e6:.1f}M parameters, trained here on Python sources")
     rows = speculative.run(settings)
     path = record.save(
         "demo",
@@ -63,14 +68,10 @@ def main(_: Sequence[str]) -> None:
     page = replay.write(settings, model, folder / "replay.html")
     print()
     print(speculative.show(rows))
+    print(LEGEND)
     print(
-        "\ntokens/pass: text tokens per pass of the model; draft cost: work of a draft as a share of a"
-        "\npass; modelled: speedup where a pass costs the same for one token as for a draft's (memory-"
-        "\nbound accelerators); measured: on this machine at batch 1; exact: every greedy text equals"
-        "\nplain decoding."
-    )
-    print(
-        f"\ntable {path}, picture {picture}, replay {page}; {time.perf_counter() - start:.0f} s in all"
+        f"table {path}, picture {picture}, replay {page}; "
+        f"{time.perf_counter() - start:.0f} s in all"
     )
     if not speculative.verdicts(rows)["every greedy text is exact"]:
         raise SystemExit(

@@ -80,7 +80,7 @@ def tokens_per_pass(result: dict[str, Any]) -> Canvas:
 
 
 def save(figure: Figure, result: dict[str, Any], path: Path, source: str) -> None:
-    """Draw and write as SVG that carries the hash of its result and nothing that changes by itself."""
+    """Draw and write as SVG; it carries the hash of its result and no date."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with plt.rc_context({"svg.hashsalt": "longreach", "svg.fonttype": "none", "font.size": 9}):
         canvas = figure.draw(result)

@@ -93,7 +93,7 @@ def exactness(
 
 
 def draft_cost(model: Model, drafter: Drafter, params: Any, prompt: Sequence[int]) -> float:
-    """FLOPs of one draft as a share of those of one plain decoding pass, by the compiler's count."""
+    """FLOPs of one draft as a share of those of one plain pass, by the compiler's count."""
     if isinstance(drafter, NoDrafter):
         return 0.0
     greedy = SamplingParams.make()
@@ -102,7 +102,7 @@ def draft_cost(model: Model, drafter: Drafter, params: Any, prompt: Sequence[int
         engine = make_engine(model.params, model.cfg, drafter=drafter, drafter_params=params)
         state, seeds = engine.start([prompt], 32, greedy)
         compiled = jax.jit(function).lower(engine.params, params, state, seeds).compile()
-        return float(compiled.cost_analysis()["flops"])
+        return float((compiled.cost_analysis() or {})["flops"])
 
     def draft(weights: Any, params: Any, state: State, seeds: Any) -> Any:
         root = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]

@@ -108,9 +108,9 @@ def save(
     config: Any,
     seeds: Sequence[int],
     timing: dict[str, Any] | None = None,
-    folder: Path = RESULTS,
+    folder: Path | None = None,
 ) -> Path:
-    """Write ``<folder>/<name>.json`` atomically and return its path.
+    """Write ``<folder>/<name>.json`` (default: the committed results) atomically and return its path.
 
     Args:
         rows: one per line of the table; numbers that were measured are made by :func:`sample`.
@@ -133,6 +133,7 @@ def save(
         "timing": timing,
         "rows": list(rows),
     }
+    folder = RESULTS if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
@@ -147,24 +148,22 @@ def _module() -> str:
     return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
 
 
-def load(name: str, folder: Path = RESULTS) -> dict[str, Any]:
-    """A result by name.
+def load(name: str, folder: Path | None = None) -> dict[str, Any]:
+    """A result by name, from ``folder`` (default: the committed ones).
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: it is not JSON, or of another schema version.
     """
-    path = folder / f"{name}.json"
+    path = (RESULTS if folder is None else folder) / f"{name}.json"
     if not path.exists():
-        raise FileNotFoundError(
-            f"there is no result {path.name}: run python -m experiments.{name} first."
-        )
+        raise FileNotFoundError(f"there is no result {path.name}: run its experiment first.")
     try:
         result = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path.name} is not valid JSON ({error}): make it again.") from error
     if result.get("schema") != SCHEMA:
         raise ValueError(
-            f"{path.name} has schema {result.get('schema')}, this code reads {SCHEMA}: make it again."
+            f"{path.name} has schema {result.get('schema')}, not {SCHEMA}: make it again."
         )
     return result

@@ -17,7 +17,8 @@ from models.load import Model
 PAGE = """<!doctype html><meta charset="utf-8"><title>decode replay</title>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }}
-pre {{ font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap; background: #fafafa; padding: 1em }}
+pre {{ font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap;
+       background: #fafafa; padding: 1em }}
 .prompt {{ color: #777 }} .a {{ background: #fce0c6 }} .b {{ background: #f9c08c }}
 .now {{ outline: 1px solid #e8710a }}
 input {{ width: 100% }}
@@ -71,7 +72,8 @@ def page(model: Model, name: str, prompt: list[int], rounds: list[list[int]]) ->
     stream = model.tokenizer.stream()
     pieces = [[stream.push([token]) for token in tokens] for tokens in rounds]
     total = sum(map(len, rounds))
-    caption = f"{model.name} with {name}: {total} tokens in {len(rounds)} passes, {total / len(rounds):.2f} per pass."
+    rate = f"{total / len(rounds):.2f} per pass"
+    caption = f"{model.name} with {name}: {total} tokens in {len(rounds)} passes, {rate}."
     data = json.dumps(pieces).replace("</", "<\\/")
     return PAGE.format(
         caption=html.escape(caption),

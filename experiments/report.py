@@ -45,7 +45,8 @@ def caption(result: dict[str, Any]) -> str:
     return (
         f"{host['processor']}, {host['cores']} cores, {host['platform']}, float32, "
         f"jax {versions['jax']}, seeds {result['seeds']}, commit {commit}"
-        f"{' (with changes)' if result['modified'] else ''}, {result['date']}: `{result['command']}`"
+        f"{' (with changes)' if result['modified'] else ''}, {result['date']}: "
+        f"`{result['command']}`"
     )
 
 

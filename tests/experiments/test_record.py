@@ -1,0 +1,40 @@
+"""The results' schema."""
+
+import json
+import math
+
+import pytest
+
+from experiments import record
+
+
+def test_a_result_comes_back_with_its_facts(tmp_path):
+    rows = [{"method": "x", "value": record.sample([1.0, 2.0, 6.0])}]
+    path = record.save("trial", rows, config={"a": 1}, seeds=[0, 1, 2], folder=tmp_path)
+    result = record.load("trial", tmp_path)
+    assert path == tmp_path / "trial.json"
+    assert result["rows"] == rows and result["seeds"] == [0, 1, 2] and result["config"] == {"a": 1}
+    assert rows[0]["value"]["mean"] == 3.0 and rows[0]["value"]["spread"] == pytest.approx(7**0.5)
+    assert result["versions"]["jax"] and result["host"]["cores"] >= 1
+    assert [p.name for p in tmp_path.iterdir()] == ["trial.json"], "no temporary file is left"
+
+
+@pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf]])
+def test_numbers_that_were_not_measured_are_refused(values):
+    with pytest.raises(ValueError, match="finite samples"):
+        record.sample(values)
+
+
+def test_a_missing_damaged_or_foreign_result_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="run its experiment"):
+        record.load("nothing", tmp_path)
+    (tmp_path / "cut.json").write_text('{"schema": 1, "rows": [')
+    with pytest.raises(ValueError, match="not valid JSON"):
+        record.load("cut", tmp_path)
+    (tmp_path / "old.json").write_text(json.dumps({"schema": 0}))
+    with pytest.raises(ValueError, match="schema 0"):
+        record.load("old", tmp_path)
+
+
+def test_bandwidth_is_positive_and_finite():
+    assert 0 < record.memory_bandwidth(megabytes=4, repeats=2) < 1e5

@@ -1,0 +1,72 @@
+"""Tables and figures follow from results, and stale ones are noticed."""
+
+import json
+
+import pytest
+
+from experiments import figures, record, report
+from experiments.tables import TABLES, speculative_row
+
+
+def speculative_result() -> list[dict]:
+    """Rows as the drafter comparison saves them."""
+    exact = {"tokens": 10, "differing": 1, "near_ties": 1, "width_error": 1e-6}
+    row = {
+        "method": "lookup",
+        "by_depth@0": [record.sample([0.5]), record.sample([0.25])],
+        "by_depth@1": [record.sample([0.5]), record.sample([0.25])],
+        "exactness": [{**exact, "same_width_mismatches": 0}],
+    }
+    names = ("tokens_per_pass@0", "tokens_per_pass@1", "draft_cost", "modelled_speedup")
+    return [{**row, **{n: record.sample([1.5, 2.5]) for n in (*names, "measured_speedup")}}]
+
+
+@pytest.fixture
+def scratch(tmp_path, monkeypatch):
+    """A tree with one result and one document, in place of the repository."""
+    results = tmp_path / "results"
+    record.save("trial", speculative_result(), config={"model": "m"}, seeds=[0], folder=results)
+    monkeypatch.setattr(record, "RESULTS", results)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    (tmp_path / "page.md").write_text("a\n<!-- table: t -->\nold\n<!-- end table -->\nb\n")
+    return tmp_path
+
+
+def table() -> report.Table:
+    """A table of one column pair over the trial result."""
+    return report.Table("t", "page.md", "trial", ("drafter",) * 7, speculative_row)
+
+
+def test_an_update_makes_everything_current(scratch):
+    drawn = (figures.Figure("figures/x.svg", "trial", figures.tokens_per_pass),)
+    assert report.stale((table(),), drawn) == ["table t in page.md", "figure figures/x.svg"]
+    report.update((table(),), drawn)
+    assert report.stale((table(),), drawn) == []
+    text = (scratch / "page.md").read_text()
+    assert "prompt lookup" in text and "2.00 ± 0.71" in text and "1 near-ties in 10" in text
+    assert text.startswith("a\n") and text.endswith("b\n") and "old" not in text
+
+
+def test_a_changed_result_is_noticed(scratch):
+    drawn = (figures.Figure("figures/x.svg", "trial", figures.tokens_per_pass),)
+    report.update((table(),), drawn)
+    path = record.RESULTS / "trial.json"
+    result = json.loads(path.read_text())
+    result["rows"][0]["tokens_per_pass@0"]["mean"] = 9.0
+    path.write_text(json.dumps(result))
+    assert len(report.stale((table(),), drawn)) == 2
+
+
+def test_a_text_that_differs_is_not_called_exact():
+    row = speculative_result()[0]
+    row["exactness"][0]["differing"] = 2
+    assert "**no**" in speculative_row(row)[-1]
+
+
+def test_missing_markers_are_an_error():
+    with pytest.raises(ValueError, match="markers"):
+        report.insert("no markers here", "t", "body")
+
+
+def test_committed_tables_and_figures_are_current():
+    assert report.stale(TABLES, figures.FIGURES) == []
