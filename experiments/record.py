@@ -110,7 +110,7 @@ def save(
     timing: dict[str, Any] | None = None,
     folder: Path | None = None,
 ) -> Path:
-    """Write ``<folder>/<name>.json`` (default: the committed results) atomically and return its path.
+    """Write ``<folder>/<name>.json`` (default folder: the committed results); returns the path.
 
     Args:
         rows: one per line of the table; numbers that were measured are made by :func:`sample`.
