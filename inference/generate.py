@@ -24,19 +24,26 @@ ROUNDS_PER_CALL = 4
 def define_flags() -> flags.FlagValues:
     """The command's flags, apart from those of other commands."""
     values = flags.FlagValues()
-    own = {"flag_values": values}
-    flags.DEFINE_string("model", None, "directory, .gguf file or short name (required)", **own)
-    flags.DEFINE_string("prompt", None, "text to continue", **own)
-    flags.DEFINE_string("prompt_file", None, "file with the text to continue", **own)
-    flags.DEFINE_string("drafter", "none", f"one of {', '.join(DRAFTERS)}", **own)
-    flags.DEFINE_integer("max_new_tokens", 128, "most tokens to generate", **own)
-    flags.DEFINE_float("temperature", 0.0, "0 is greedy", **own)
-    flags.DEFINE_integer("top_k", 0, "keep the k most likely tokens, 0: all", **own)
-    flags.DEFINE_float("top_p", 1.0, "keep the most likely tokens of this mass, 1: all", **own)
-    flags.DEFINE_integer("seed", 0, "fixes the draws", lower_bound=0, upper_bound=2**31 - 1, **own)
-    flags.DEFINE_boolean("chat", False, "wrap the prompt in the model's chat template", **own)
-    flags.DEFINE_boolean("stats", False, "print counters and speed to stderr", **own)
-    flags.DEFINE_boolean("help", False, "show this", short_name="h", **own)
+    flags.DEFINE_string(
+        "model", None, "directory, .gguf file or short name (required)", flag_values=values
+    )
+    flags.DEFINE_string("prompt", None, "text to continue", flag_values=values)
+    flags.DEFINE_string("prompt_file", None, "file with the text to continue", flag_values=values)
+    flags.DEFINE_string("drafter", "none", f"one of {', '.join(DRAFTERS)}", flag_values=values)
+    flags.DEFINE_integer("max_new_tokens", 128, "most tokens to generate", flag_values=values)
+    flags.DEFINE_float("temperature", 0.0, "0 is greedy", flag_values=values)
+    flags.DEFINE_integer("top_k", 0, "keep the k most likely tokens, 0: all", flag_values=values)
+    flags.DEFINE_float(
+        "top_p", 1.0, "keep the most likely tokens of this mass, 1: all", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "seed", 0, "fixes the draws", lower_bound=0, upper_bound=2**31 - 1, flag_values=values
+    )
+    flags.DEFINE_boolean(
+        "chat", False, "wrap the prompt in the model's chat template", flag_values=values
+    )
+    flags.DEFINE_boolean("stats", False, "print counters and speed to stderr", flag_values=values)
+    flags.DEFINE_boolean("help", False, "show this", short_name="h", flag_values=values)
     return values
 
 

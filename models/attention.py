@@ -10,8 +10,9 @@ from typing import Any, Protocol, runtime_checkable
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
-from ops.attention import AttentionMask, attention
+from ops.attention import AttentionMask, BlockSizes
 
+from models.mesh_attention import mesh_attention
 from models.positions import RopeScaling, apply_rope, rope_angles, rope_frequencies
 
 
@@ -138,11 +139,13 @@ class DensePolicy:
     """Full attention, causal or not, within an optional sliding window per layer.
 
     A window w lets query i see keys j with ``0 <= i - j < w``. ``windows`` holds one per layer;
-    layers without a window carry a number beyond any position.
+    layers without a window carry a number beyond any position. ``implementation`` and ``blocks``
+    are those of :func:`ops.attention.attention`; under a mesh see :mod:`models.mesh_attention`.
     """
 
     windows: Any = None  # (layers,) int32
     implementation: str = struct.field(pytree_node=False, default="auto")
+    blocks: BlockSizes | None = struct.field(pytree_node=False, default=None)
 
     def per_layer(self, num_layers: int) -> Int[Array, " layers"] | None:
         """The windows.
@@ -184,7 +187,9 @@ class DensePolicy:
             if shared is not None and shared.rotate_cached_keys:
                 k = shared.rotate_k(k)
         mask = dense_mask(step, layer, cached=cache is not None)
-        out = attention(q, k, v, mask=mask, implementation=self.implementation)
+        out = mesh_attention(
+            q, k, v, mask=mask, implementation=self.implementation, blocks=self.blocks
+        )
         return Attended(out=out, cache=cache)
 
 

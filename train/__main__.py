@@ -30,7 +30,7 @@ def main() -> None:
         if distributed.value:
             jax.distributed.initialize(coordinator.value, processes.value, process.value)
         try:
-            _launch(config.value, pathlib.Path(workdir.value), mesh.value, profile.value)
+            _launch(config.value, pathlib.Path(str(workdir.value)), mesh.value, profile.value)
         except (ValueError, OSError, FloatingPointError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)

@@ -106,7 +106,7 @@ def _set_up(context: Context, checkpoints: Checkpoints) -> _Run:
         trained, rest = task.partition(params)
         model_params.validate(trained, trained_specs)
     record["frozen"] = hash_tree(rest) if jax.tree.leaves(rest) else None
-    if saved is None:
+    if saved is None or latest is None:
         make = jax.jit(
             lambda p: create_state(p, optimizer, config.ema_decay > 0),
             out_shardings=jax.tree.map(lambda s: s.sharding, abstract),
@@ -249,7 +249,6 @@ class _Loop:
 
     def _finish(self, step: int) -> None:
         """The last evaluation, before the last checkpoint: a run killed between does both again."""
-        config = self.config
         if self.run.start == step:
             lines = read_metrics(self.folder / "metrics.jsonl") if self.leader else []
             prefix = "evaluation/"

@@ -7,7 +7,7 @@ from typing import Any
 def resolve(name: str) -> Any:
     """The object that ``module:attribute`` names, importing the module.
 
-    The look-up happens at launch, so a package that must not import another can still run its parts.
+    The look-up happens at launch, so a package that must not import another can run its parts.
 
     Raises:
         ValueError: the text has no colon, or the module or the attribute does not exist.
@@ -25,4 +25,6 @@ def resolve(name: str) -> Any:
             raise  # the module exists and one of its own imports fails
         raise ValueError(f"{name!r}: there is no module {error.name}: check the name.") from error
     except AttributeError as error:
-        raise ValueError(f"{name!r}: module {module} has no {attribute}: check the name.") from error
+        raise ValueError(
+            f"{name!r}: module {module} has no {attribute}: check the name."
+        ) from error

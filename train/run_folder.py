@@ -7,7 +7,6 @@ import pathlib
 import platform
 import shlex
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
@@ -120,5 +119,3 @@ def _git() -> tuple[str | None, str]:
 
     commit = run("rev-parse", "HEAD")
     return (commit.strip() if commit else None), (run("diff", "HEAD") or "" if commit else "")
-
-

@@ -1,5 +1,6 @@
 """The compiled training step: gradients, accumulation, clipping, guard, update."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -61,7 +62,9 @@ def _gradients(
 
     def loss(trained: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
         value, metrics = task.loss(task.combine(cast(trained, dtype), rest), batch, key)
-        return value.astype(jnp.float32), {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
+        return value.astype(jnp.float32), {
+            k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()
+        }
 
     def one(batch: Any, index: Array) -> tuple[Array, Any, dict[str, Array]]:
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
@@ -111,9 +114,7 @@ def _update(
     trained = optax.apply_updates(state.trained, updates)
     average = state.average
     if average is not None:
-        average = jax.tree.map(
-            lambda a, p: a + (1 - config.ema_decay) * (p - a), average, trained
-        )
+        average = jax.tree.map(lambda a, p: a + (1 - config.ema_decay) * (p - a), average, trained)
     new = TrainState(
         step=state.step + 1,
         trained=trained,
@@ -121,6 +122,8 @@ def _update(
         average=average,
         bad_in_row=jnp.zeros_like(state.bad_in_row),
     )
-    old = state.replace(step=state.step + 1, bad_in_row=state.bad_in_row + 1)
+    old = dataclasses.replace(  # type: ignore[type-var]
+        state, step=state.step + 1, bad_in_row=state.bad_in_row + 1
+    )
     kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
     return kept, {**metrics, "grad_norm": norm, "bad_in_row": kept.bad_in_row}

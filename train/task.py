@@ -21,7 +21,7 @@ class Context:
 
     config: TrainConfig
     mesh: Mesh
-    rules: ShardingRules = ShardingRules()
+    rules: ShardingRules = dataclasses.field(default_factory=ShardingRules)
 
     @property
     def process_index(self) -> int:

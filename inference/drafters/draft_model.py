@@ -102,21 +102,28 @@ class DraftModel:
         # Where one token was missing, the second slot holds padding and is used again.
         own = own.rollback(missing)
         law = jnp.take_along_axis(logits, missing[:, None, None] - 1, axis=1)[:, 0]
-        tokens, laws = [root], []
-        for i in range(self.length):
-            if i > 0:
-                logits, own = self._run(params, own, tokens[-1][:, None], context.extent)
-                law = logits[:, 0]
-            token, law = self._choose(law, context, i)
-            tokens.append(token)
-            laws.append(law)
+        first = self._choose(law, context, 0)
+
+        def extend(carry: tuple[Array, Cache], i: Array) -> tuple[Any, Any]:
+            token, own = carry
+            logits, own = self._run(params, own, token[:, None], context.extent)
+            chosen = self._choose(logits[:, 0], context, i)
+            return (chosen[0], own), chosen
+
+        steps = jnp.arange(1, self.length)
+        (_, own), rest = jax.lax.scan(extend, (first[0], own), steps)
+        drafted, laws = (
+            jnp.concatenate([one[:, None], jnp.moveaxis(more, 0, 1)], axis=1)
+            for one, more in zip(first, rest, strict=True)
+        )
+        tokens = jnp.concatenate([root[:, None], drafted], axis=1)
         probs = None
         if self.sampled:
-            laws.append(jnp.zeros_like(laws[0]))  # the last node has no children
-            probs = jnp.stack(laws, axis=1)
+            # The last node has no children, so its law is never read.
+            probs = jnp.pad(laws, ((0, 0), (0, 1), (0, 0)))
         draft = static_draft(
             chain_tree(self.length),
-            jnp.stack(tokens, axis=1),
+            tokens,
             probs=probs,
             mode="chain" if self.sampled else "deterministic",
         )
@@ -154,7 +161,7 @@ class DraftModel:
         return decoder.unembed(params, self.cfg, out.hidden), cache.replace(layers=out.cache)
 
     def _choose(
-        self, logits: Float[Array, "b v"], context: Context, i: int
+        self, logits: Float[Array, "b v"], context: Context, i: int | Array
     ) -> tuple[Int[Array, " b"], Float[Array, "b v"]]:
         """Drafted token number ``i`` of each row, and the law it was drawn from."""
         if not self.sampled:

@@ -95,17 +95,17 @@ def attention(
             "grouped-query attention needs h % g == 0"
         )
     mask.validate(q.shape[0], q.shape[1], k.shape[1])
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scaled_by = q.shape[3] ** -0.5 if scale is None else scale
     if implementation == "auto":
         implementation = "tpu" if target_platform() == "tpu" else "xla"
     if implementation == "reference":
-        out, lse = reference_attention(q, k, v, mask, scale)
+        out, lse = reference_attention(q, k, v, mask, scaled_by)
     elif implementation == "xla":
-        out, lse = xla_attention(q, k, v, mask, scale, chunk=blocks.q)
+        out, lse = xla_attention(q, k, v, mask, scaled_by, chunk=blocks.q)
     elif implementation in ("tpu", "interpret"):
-        scale = jnp.asarray(scale, jnp.float32)
+        scaled_by = jnp.asarray(scaled_by, jnp.float32)
         interpret = implementation == "interpret"
-        result: Any = _kernel_attention(blocks, interpret, q, k, v, mask, scale)
+        result: Any = _kernel_attention(blocks, interpret, q, k, v, mask, scaled_by)
         out, lse = result
     else:
         raise ValueError(

@@ -78,15 +78,6 @@ def decode_attention(
     )
     operands, struct = softmax.over_mesh((*scalars, *tensors))
 
-    def key_block(bi, ki, first, last):
-        return jnp.clip(ki, first[bi], jnp.maximum(first[bi], last[bi]))
-
-    def whole_row(*shape):
-        return pl.BlockSpec((1, *shape), lambda bi, ki, *_: (bi,) + (0,) * len(shape))
-
-    def at_kv(bi, ki, first, last, *_):
-        return bi, key_block(bi, ki, first, last), 0, 0
-
     out, lse = pl.pallas_call(
         functools.partial(
             _kernel,
@@ -98,29 +89,7 @@ def decode_attention(
             struct((b, g, rows, dv), q.dtype),
             struct((b, g, rows, softmax.LANES), jnp.float32),
         ],
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
-            grid=(b, nk),
-            in_specs=[
-                whole_row(rows, 4),
-                pl.BlockSpec(
-                    (1, 2, block_kv),
-                    lambda bi, ki, first, last, *_: (bi, 0, key_block(bi, ki, first, last)),
-                ),
-                whole_row(*tree.shape[1:]),
-                whole_row(g, rows, d),
-                pl.BlockSpec((1, block_kv, g, d), at_kv),
-                pl.BlockSpec((1, block_kv, g, dv), at_kv),
-            ],
-            out_specs=[whole_row(g, rows, dv), whole_row(g, rows, softmax.LANES)],
-            scratch_shapes=[
-                pltpu.VMEM((g, rows, softmax.LANES), jnp.float32),
-                pltpu.VMEM((g, rows, softmax.LANES), jnp.float32),
-                pltpu.VMEM((g, rows, dv), jnp.float32),
-                pltpu.VMEM((g, block_kv, d), k.dtype),
-                pltpu.VMEM((g, block_kv, dv), v.dtype),
-            ],
-        ),
+        grid_spec=_grid(k, v, block_kv, rows, tree.shape[2]),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
@@ -131,6 +100,44 @@ def decode_attention(
     out = out[:, :, : h // g * t].reshape(b, g, h // g, t, dv).transpose(0, 3, 1, 2, 4)
     lse = lse[:, :, : h // g * t, 0].reshape(b, g, h // g, t).transpose(0, 3, 1, 2)
     return out.reshape(b, t, h, dv), lse.reshape(b, t, h)
+
+
+def _grid(k: Any, v: Any, block_kv: int, rows: int, nodes: int) -> pltpu.PrefetchScalarGridSpec:
+    """Grid, blocks and scratch; operands in the order of `_kernel`."""
+    (b, s, g, d), dv = k.shape, v.shape[3]
+
+    def key_block(bi, ki, first, last):
+        return jnp.clip(ki, first[bi], jnp.maximum(first[bi], last[bi]))
+
+    def whole_row(*shape):
+        return pl.BlockSpec((1, *shape), lambda bi, ki, *_: (bi,) + (0,) * len(shape))
+
+    def at_side(bi, ki, first, last, *_):
+        return bi, 0, key_block(bi, ki, first, last)
+
+    def at_kv(bi, ki, first, last, *_):
+        return bi, key_block(bi, ki, first, last), 0, 0
+
+    return pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=4,
+        grid=(b, pl.cdiv(s, block_kv)),
+        in_specs=[
+            whole_row(rows, 4),
+            pl.BlockSpec((1, 2, block_kv), at_side),
+            whole_row(rows, nodes),
+            whole_row(g, rows, d),
+            pl.BlockSpec((1, block_kv, g, d), at_kv),
+            pl.BlockSpec((1, block_kv, g, dv), at_kv),
+        ],
+        out_specs=[whole_row(g, rows, dv), whole_row(g, rows, softmax.LANES)],
+        scratch_shapes=[
+            pltpu.VMEM((g, rows, softmax.LANES), jnp.float32),
+            pltpu.VMEM((g, rows, softmax.LANES), jnp.float32),
+            pltpu.VMEM((g, rows, dv), jnp.float32),
+            pltpu.VMEM((g, block_kv, d), k.dtype),
+            pltpu.VMEM((g, block_kv, dv), v.dtype),
+        ],
+    )
 
 
 def _scratch(mask: AttentionMask, seen: Intervals, rows: int, block: int) -> tuple[Any, ...]:

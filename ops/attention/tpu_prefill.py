@@ -43,7 +43,7 @@ def prefill_attention(
         raise ValueError(f"TPU block sizes must be multiples of 128; got {block_q}, {block_kv}")
     if mask.tree is not None:
         raise ValueError("the prefill kernel has no tree mask; use the decode kernel")
-    (b, t, h, d), (s, g, dv) = q.shape, (*k.shape[1:3], v.shape[3])
+    (b, t, h, _), s, dv = q.shape, k.shape[1], v.shape[3]
     block_q = min(block_q, softmax.round_up(t, 128))
     block_kv = min(block_kv, softmax.round_up(s, 128))
     nq, nk = pl.cdiv(t, block_q), pl.cdiv(s, block_kv)
@@ -58,51 +58,13 @@ def prefill_attention(
     )
     operands, struct = softmax.over_mesh((*scalars, *tensors))
 
-    def key_block(bi, qi, ki, first, last):
-        start = first[bi * nq + qi]
-        return jnp.clip(ki, start, jnp.maximum(start, last[bi * nq + qi]))
-
-    def at_q(bi, hi, qi, ki, *refs):
-        return bi, hi, qi, 0
-
-    def at_kv(bi, hi, qi, ki, first, last, scale):
-        # lax.div: `//` lowers through `sign`, which asks for the attached chip
-        return bi, jax.lax.div(hi, h // g), key_block(bi, qi, ki, first, last), 0
-
     out, lse = pl.pallas_call(
         functools.partial(_kernel, blocks=(nq, nk), slots=s, segments=seen.q_segment is not None),
         out_shape=[
             struct((b, h, t, dv), q.dtype),
             struct((b, h, 1, t), jnp.float32),
         ],
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(b, h, nq, nk),
-            in_specs=[
-                pl.BlockSpec((1, SIDE_ROWS, block_q), lambda bi, hi, qi, ki, *_: (bi, 0, qi)),
-                pl.BlockSpec(
-                    (1, 2, block_kv),
-                    lambda bi, hi, qi, ki, first, last, _: (
-                        bi,
-                        0,
-                        key_block(bi, qi, ki, first, last),
-                    ),
-                ),
-                pl.BlockSpec((1, 1, block_q, d), at_q),
-                pl.BlockSpec((1, 1, block_kv, d), at_kv),
-                pl.BlockSpec((1, 1, block_kv, dv), at_kv),
-            ],
-            out_specs=[
-                pl.BlockSpec((1, 1, block_q, dv), at_q),
-                pl.BlockSpec((1, 1, 1, block_q), lambda bi, hi, qi, ki, *_: (bi, hi, 0, qi)),
-            ],
-            scratch_shapes=[
-                pltpu.VMEM((block_q, SIDE_ROWS), jnp.int32),
-                pltpu.VMEM((block_q, softmax.LANES), jnp.float32),
-                pltpu.VMEM((block_q, softmax.LANES), jnp.float32),
-                pltpu.VMEM((block_q, dv), jnp.float32),
-            ],
-        ),
+        grid_spec=_grid(q, k, v, block_q, block_kv),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
         ),
@@ -111,6 +73,48 @@ def prefill_attention(
         name="attention_prefill",
     )(*operands)
     return out.transpose(0, 2, 1, 3), lse[:, :, 0].transpose(0, 2, 1)
+
+
+def _grid(q: Any, k: Any, v: Any, block_q: int, block_kv: int) -> pltpu.PrefetchScalarGridSpec:
+    """Grid, blocks and scratch; operands in the order of `_kernel`."""
+    (b, t, h, d), (s, g, dv) = q.shape, (*k.shape[1:3], v.shape[3])
+    nq, nk = pl.cdiv(t, block_q), pl.cdiv(s, block_kv)
+
+    def key_block(bi, qi, ki, first, last):
+        start = first[bi * nq + qi]
+        return jnp.clip(ki, start, jnp.maximum(start, last[bi * nq + qi]))
+
+    def at_q(bi, hi, qi, ki, *_):
+        return bi, hi, qi, 0
+
+    def at_side(bi, hi, qi, ki, first, last, _):
+        return bi, 0, key_block(bi, qi, ki, first, last)
+
+    def at_kv(bi, hi, qi, ki, first, last, _):
+        # lax.div: `//` lowers through `sign`, which asks for the attached chip
+        return bi, jax.lax.div(hi, h // g), key_block(bi, qi, ki, first, last), 0
+
+    return pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=3,
+        grid=(b, h, nq, nk),
+        in_specs=[
+            pl.BlockSpec((1, SIDE_ROWS, block_q), lambda bi, hi, qi, ki, *_: (bi, 0, qi)),
+            pl.BlockSpec((1, 2, block_kv), at_side),
+            pl.BlockSpec((1, 1, block_q, d), at_q),
+            pl.BlockSpec((1, 1, block_kv, d), at_kv),
+            pl.BlockSpec((1, 1, block_kv, dv), at_kv),
+        ],
+        out_specs=[
+            pl.BlockSpec((1, 1, block_q, dv), at_q),
+            pl.BlockSpec((1, 1, 1, block_q), lambda bi, hi, qi, ki, *_: (bi, hi, 0, qi)),
+        ],
+        scratch_shapes=[
+            pltpu.VMEM((block_q, SIDE_ROWS), jnp.int32),
+            pltpu.VMEM((block_q, softmax.LANES), jnp.float32),
+            pltpu.VMEM((block_q, softmax.LANES), jnp.float32),
+            pltpu.VMEM((block_q, dv), jnp.float32),
+        ],
+    )
 
 
 def _sides(seen: Intervals) -> tuple[Any, Any]:

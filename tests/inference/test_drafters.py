@@ -45,14 +45,12 @@ def small(seed: int = 1) -> tuple[decoder.Params, decoder.Config]:
 def cases() -> dict[str, tuple[Any, Any]]:
     """Drafters of all kinds and their params."""
     noise = np.random.default_rng(5)
+    matrix = jnp.asarray(noise.integers(0, VOCAB, (VOCAB, 8)), jnp.int32)
     return {
         "lookup": (LookupDrafter(), None),
         "unigram lookup": (LookupDrafter(4, (2, 1)), None),
         "recycling": (TokenRecycling(), None),
-        "random matrix": (
-            TokenRecycling(),
-            jnp.asarray(noise.integers(0, VOCAB, (VOCAB, 8)), "int32"),
-        ),
+        "random matrix": (TokenRecycling(), matrix),
         "draft model": draft_model(config(), *small()),
         "greedy draft model": draft_model(config(), *small(), sampled=False),
         "random": (ScriptedDrafter(), jnp.asarray(noise.integers(0, VOCAB, (4, 64)), "int32")),

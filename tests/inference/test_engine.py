@@ -110,7 +110,7 @@ def test_controls_may_differ_between_rows(plain):
 def test_the_context_may_be_filled_to_the_last_token():
     prompt = prompts(150)[0]
     assert len(engine().generate([prompt], 10).tokens[0]) == 10
-    with pytest.raises(ValueError, match="150 tokens and 11 new .* beyond the context of 160"):
+    with pytest.raises(ValueError, match=r"150 tokens and 11 new .* beyond the context of 160"):
         engine().generate([prompt], 11)
     assert len(engine(context_limit=161).generate([prompt], 11).tokens[0]) == 11
 

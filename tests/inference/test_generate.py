@@ -22,6 +22,7 @@ def test_it_prints_the_greedy_continuation(folder, capsys):
     assert command(f"--model={folder}", "--prompt=abcab", "--max_new_tokens=12") == 0
     model = load(folder)
     eng = make_engine(model.params, model.cfg)
+    assert model.tokenizer.eos_id is not None
     eos = [model.tokenizer.eos_id]
     ids = eng.generate([model.tokenizer.encode("abcab")], 12, eos=eos).tokens[0]
     want = model.tokenizer.decode(ids, skip_special_tokens=True)

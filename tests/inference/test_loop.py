@@ -1,3 +1,6 @@
+import itertools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,8 +126,13 @@ def test_results_do_not_depend_on_how_often_the_host_looks(drafter):
     assert parts.tokens == whole.tokens
     jax.tree.map(np.testing.assert_array_equal, parts.stats, whole.stats)
     assert seen[-1] == whole.tokens and len(seen) >= 3
-    for early, late in zip(seen, seen[1:], strict=False):
+    for early, late in itertools.pairwise(seen):
         assert all(row == after[: len(row)] for row, after in zip(early, late, strict=True))
+
+
+def programs(function: Any) -> int:
+    """How many programs a jitted function has been compiled to."""
+    return function._cache_size()
 
 
 def test_changing_values_does_not_compile_again():
@@ -135,10 +143,10 @@ def test_changing_values_does_not_compile_again():
         eng.generate(prompts(seed=seed), new, sampling=sampling, seeds=[seed] * 4, eos=[eos])
 
     run(0.5, 0.9, 3, 0, 1)
-    compiled = decode_rounds._cache_size(), prefill_chunk._cache_size()
+    compiled = programs(decode_rounds), programs(prefill_chunk)
     for i in range(1, 4):
         run(0.5 + 0.3 * i, 0.9 - 0.1 * i, 3 + 2 * i, i, i)
-    assert (decode_rounds._cache_size(), prefill_chunk._cache_size()) == compiled
+    assert (programs(decode_rounds), programs(prefill_chunk)) == compiled
 
 
 @pytest.mark.parametrize("drafter", [NoDrafter(), TokenRecycling()], ids=["plain", "tree"])

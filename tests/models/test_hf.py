@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 
 import jax
@@ -14,22 +13,13 @@ from safetensors.numpy import load_file, save_file
 
 from models import params
 from models.hf import load_hf, save_hf
-from models.hf_config import family_of, from_hf, read_config, to_hf
+from models.hf_config import family_of, read_config, to_hf
 from models.positions import RopeScaling
 from models.safetensors_io import INDEX, SINGLE, Safetensors
 from models.sharding import make_mesh
 from models.tokenizer import Tokenizer
 from tests.models import tiny
 
-LLAMA = {
-    "model_type": "llama", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24,
-    "max_position_embeddings": 32,
-}  # fmt: skip
-GPT2 = {
-    "model_type": "gpt2", "vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4,
-    "n_positions": 32,
-}  # fmt: skip
 BIASED = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
 CONFIGS = {
     "llama": tiny.config(),
@@ -172,89 +162,6 @@ def test_weights_without_a_name_there_are_refused(tmp_path):
             to_hf(dataclasses.replace(cfg, **changes))
 
 
-REFUSED = {
-    "model_type": ({"model_type": "mixtral"}, r"model_type 'mixtral', which is not supported"),
-    "quantisation": ({"quantization_config": {"bits": 4}}, r'quantization_config to {"bits": 4}'),
-    "softcap": ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping to 50.0"),
-    "final softcap": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping to 30.0"),
-    "experts": ({"num_local_experts": 8}, "num_local_experts to 8"),
-    "own code": ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map to"),
-    "partial rotation": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor to 0.5"),
-    "activation": ({"hidden_act": "relu2"}, 'hidden_act to "relu2".*known are silu'),
-    "rope type": (
-        {"rope_scaling": {"type": "mrope", "mrope_section": [1]}},
-        'rope_scaling.rope_type to "mrope"',
-    ),
-    "rope without factor": ({"rope_scaling": {"rope_type": "yarn"}}, "'yarn' without factor"),
-    "rope per layer type": ({"rope_parameters": {"full_attention": {}}}, "per layer type"),
-    "two thetas": (
-        {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}},
-        "rope_theta to 10000.0.*rope_parameters says 1000000.0",
-    ),
-    "missing size": ({"hidden_size": None}, "must give hidden_size as a positive integer"),
-    "wrong size": ({"num_hidden_layers": "3"}, "num_hidden_layers as a positive integer, got '3'"),
-    "indivisible": ({"hidden_size": 18}, "num_attention_heads to 4.*does not divide"),
-    "window on llama": ({"sliding_window": 8}, "sliding_window to 8"),
-    "qwen2 attention bias": ({"model_type": "qwen2", "attention_bias": True}, "attention_bias"),
-    "mistral mlp bias": ({"model_type": "mistral", "mlp_bias": True}, "mlp_bias to true"),
-    "linear layers": (
-        {"model_type": "qwen3", "layer_types": ["linear_attention"] * 3},
-        'layer_types to "linear_attention"',
-    ),
-    "too few layer types": ({"layer_types": ["full_attention"]}, "one entry for each of the 3"),
-    "windows without width": (
-        {"model_type": "qwen2", "layer_types": ["sliding_attention"] * 3},
-        "contradicts sliding_window",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_unsupported_settings_are_named_with_their_value(case):
-    changes, message = REFUSED[case]
-    with pytest.raises(ValueError, match=message):
-        from_hf(LLAMA | changes)
-
-
-def test_gpt2_refuses_what_it_does_not_compute():
-    assert from_hf(GPT2).intermediate_size == 64 and from_hf(GPT2 | {"n_inner": 20})
-    for key, value in (
-        ("scale_attn_weights", False),
-        ("scale_attn_by_inverse_layer_idx", True),
-        ("add_cross_attention", True),
-    ):
-        with pytest.raises(ValueError, match=key):
-            from_hf(GPT2 | {key: value})
-
-
-def test_both_styles_of_rope_settings():
-    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 16}  # fmt: skip
-    new = from_hf(LLAMA | {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3"} | scaling})
-    old = from_hf(LLAMA | {"rope_theta": 5e5, "rope_scaling": {"type": "llama3"} | scaling})
-    assert new == old and new.rope_base == 5e5
-    assert new.rope == RopeScaling("llama3", 8.0, 16, low_freq_factor=1.0, high_freq_factor=4.0)
-    assert from_hf(LLAMA).rope == RopeScaling() and from_hf(LLAMA).rope_base == 10000.0
-    dynamic = from_hf(LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}})
-    assert dynamic.rope.original_max_position == 32
-    tables = {"short_factor": [1.0] * 2, "long_factor": [2.0] * 2}
-    long = LLAMA | {"rope_scaling": {"type": "longrope"} | tables}
-    assert from_hf(long | {"original_max_position_embeddings": 8}).rope.factor == 4.0
-
-
-def test_family_defaults():
-    qwen = LLAMA | {"model_type": "qwen2", "sliding_window": 8, "max_window_layers": 1}
-    assert from_hf(qwen).windows is None and from_hf(qwen).qkv_bias
-    assert from_hf(qwen | {"use_sliding_window": True}).windows == (None, 8, 8)
-    mistral = LLAMA | {"model_type": "mistral"}
-    assert from_hf(mistral).windows == (4096,) * 3
-    assert from_hf(mistral | {"sliding_window": None}).windows is None
-    assert from_hf(LLAMA | {"num_key_value_heads": None}).num_kv_heads == 4
-    assert from_hf(LLAMA | {"model_type": "qwen3"}).head_dim == 128
-    assert not from_hf(LLAMA).tied and from_hf(GPT2).tied
-    assert from_hf(LLAMA).norm_eps == 1e-6
-
-
 def test_missing_extra_and_misshapen_tensors_go_by_their_names_there(tmp_path):
     out = saved(tmp_path)
     good = load_file(out / SINGLE)
@@ -316,97 +223,6 @@ def test_missing_or_broken_files(tmp_path):
         load_hf(out)
     with pytest.raises(FileNotFoundError, match=r"config.json does not exist"):
         load_hf(tmp_path / "nowhere")
-
-
-def sharded(tmp_path):
-    out = saved(tmp_path, max_shard_bytes=6000)
-    index = json.loads((out / INDEX).read_text())
-    return out, index, sorted(set(index["weight_map"].values()))
-
-
-def write_index(out, weight_map):
-    (out / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-
-
-def test_shards_respect_their_limit_and_are_all_listed(tmp_path):
-    out, index, shards = sharded(tmp_path)
-    assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
-    total = 0
-    for shard in shards:
-        tensors = load_file(out / shard)
-        size = sum(array.nbytes for array in tensors.values())
-        assert size <= 6000
-        assert {index["weight_map"][name] for name in tensors} == {shard}
-        total += size
-    assert index["metadata"]["total_size"] == total
-    with pytest.raises(ValueError, match="max_shard_bytes must be positive"):
-        save_hf(
-            tmp_path / "zero", tiny.weights(CONFIGS["llama"]), CONFIGS["llama"], max_shard_bytes=0
-        )
-
-
-def test_an_index_that_does_not_fit_its_shards(tmp_path):
-    out, index, shards = sharded(tmp_path)
-    weight_map = index["weight_map"]
-    name = next(iter(weight_map))
-    write_index(out, weight_map | {"ghost": shards[0]})
-    with pytest.raises(ValueError, match=f"lists tensor ghost in {shards[0]}, which does not hold"):
-        load_hf(out)
-    write_index(out, {k: v for k, v in weight_map.items() if k != name})
-    with pytest.raises(ValueError, match=f"holds tensor {name}, which .* does not list"):
-        load_hf(out)
-    twice = json.dumps({"weight_map": weight_map}).replace("{", f'{{"{name}": "x",', 2)
-    (out / INDEX).write_text(twice.replace(f'{{"{name}": "x",', "{", 1))
-    with pytest.raises(ValueError, match=f"not a usable index .{name} is listed twice"):
-        load_hf(out)
-    (out / INDEX).write_text('{"weights": 1}')
-    with pytest.raises(ValueError, match="not a usable index"):
-        load_hf(out)
-    shutil.copy(out / shards[0], out / "copy.safetensors")
-    write_index(out, weight_map | {"ghost": "copy.safetensors"})
-    with pytest.raises(ValueError, match=r"tensor .* is in both .* and copy.safetensors"):
-        load_hf(out)
-    write_index(out, weight_map)
-    (out / shards[1]).unlink()
-    with pytest.raises(FileNotFoundError, match=f"names shard {shards[1]}, which is missing"):
-        load_hf(out)
-
-
-@pytest.mark.parametrize("kind", ["parent", "absolute", "backslash", "subfolder", "link", "empty"])
-def test_an_index_may_not_leave_its_folder(tmp_path, kind):
-    out, index, shards = sharded(tmp_path)
-    outside = tmp_path / "outside.safetensors"
-    shutil.move(out / shards[0], outside)
-    name = {
-        "parent": "../outside.safetensors", "absolute": str(outside),
-        "backslash": "..\\outside.safetensors", "subfolder": "sub/outside.safetensors",
-        "link": "link.safetensors", "empty": "",
-    }[kind]  # fmt: skip
-    if kind == "link":
-        os.symlink(outside, out / name)
-    write_index(out, {k: name if v == shards[0] else v for k, v in index["weight_map"].items()})
-    with pytest.raises(ValueError, match="lies outside its folder"):
-        load_hf(out)
-
-
-def test_links_of_the_hugging_face_cache_are_followed(tmp_path):
-    out, _, shards = sharded(tmp_path)
-    snapshot = tmp_path / "models--x" / "snapshots" / "abc"
-    blobs = tmp_path / "models--x" / "blobs"
-    blobs.mkdir(parents=True)
-    snapshot.parent.mkdir()
-    shutil.copytree(out, snapshot)
-    for shard in shards:
-        shutil.move(snapshot / shard, blobs / f"hash-{shard}")
-        os.symlink(blobs / f"hash-{shard}", snapshot / shard)
-    assert same(load_hf(snapshot)[0], tiny.weights(CONFIGS["llama"]))
-
-
-def test_two_checkpoints_in_one_folder_are_ambiguous(tmp_path):
-    out, _, shards = sharded(tmp_path)
-    shutil.copy(out / shards[0], out / SINGLE)
-    with pytest.raises(ValueError, match=r"has both model.safetensors and"):
-        load_hf(out)
 
 
 def test_memory_holds_one_parameter_and_not_the_model(tmp_path, monkeypatch):

@@ -45,7 +45,8 @@ def test_parameters_are_born_sharded_with_the_same_values():
     plain = params.init(specs, jax.random.key(0))
     for a, b in zip(jax.tree.leaves(born), jax.tree.leaves(plain), strict=True):
         assert a.shape == b.shape and not a.is_fully_replicated
-        np.testing.assert_array_equal(a, b)
+        # Compiled apart, the two may differ in the last bit (they do on jax 0.12).
+        np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
 def test_shapes_counts_and_bytes():

@@ -85,7 +85,10 @@ class Regression(BaseTask):
         hidden = jnp.tanh(batch["x"] @ params.first) * params.scale[None]
         error = jnp.square(hidden @ params.second - batch["y"]) * batch["mask"]
         weight = jnp.sum(batch["mask"])
-        return jnp.sum(error) / jnp.maximum(weight, 1.0), {"weight": weight, "size": jnp.mean(jnp.abs(hidden))}
+        return jnp.sum(error) / jnp.maximum(weight, 1.0), {
+            "weight": weight,
+            "size": jnp.mean(jnp.abs(hidden)),
+        }
 
     def evaluate(self, params: Network, context: Context) -> dict[str, float]:
         return {"norm": float(jnp.linalg.norm(params.first))}

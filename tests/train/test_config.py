@@ -88,7 +88,7 @@ def test_the_first_difference_is_named_and_harmless_ones_are_not():
 
 @pytest.mark.parametrize("name", ["train.loop", "train.nothing:x", "train.loop:nothing", ":x"])
 def test_resolve_says_what_is_wrong(name: str):
-    with pytest.raises(ValueError, match="check the name|module:attribute"):
+    with pytest.raises(ValueError, match=r"check the name|module:attribute"):
         resolve(name)
 
 

@@ -1,6 +1,7 @@
 """Trained heads out of a run: ``python -m research.speculative.clover.export``.
 
-``--workdir`` is the run, ``--out`` the folder to write. That folder is what ``--drafter=clover:DIR`` and ``--drafter=medusa:DIR`` take.
+``--workdir`` is the run, ``--out`` the folder to write. That folder
+is what ``--drafter=clover:DIR`` and ``--drafter=medusa:DIR`` take.
 """
 
 import dataclasses

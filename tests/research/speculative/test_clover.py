@@ -151,12 +151,12 @@ def _outputs_over_text(name: str, target: Any, weights_: Any, text: jax.Array) -
     return eagle.forward(weights_.layer, TARGET, out.hidden, target.embed[text[:, 1:]])[0]
 
 
-def _propose(drafter: Any, weights_: Any, text: list[int]) -> Any:
+def _propose(drafter: Any, weights_: Any, text: list[int], temperature: float = 0.0) -> Any:
     """One draft after a text, without a loop."""
 
     def run(target: Any, weights_: Any, tokens: jax.Array) -> Any:
         out = decoder.forward(target, TARGET, tokens[:, :-1])
-        view, sampling = Target(target, TARGET), SamplingParams.make()
+        view, sampling = Target(target, TARGET), SamplingParams.make(temperature)
         one, length = jnp.zeros((1,), jnp.int32), jnp.asarray([len(text)], jnp.int32)
         request = Request(tokens, length, one, sampling)
         prompt = TargetOutputs(tokens[:, :-1], pre_norm=out.pre_norm, hidden=out.hidden)
@@ -171,9 +171,9 @@ TEXT = [3, 1, 4, 1, 5]
 
 
 def test_a_path_of_the_tree_is_the_chain_of_its_tokens() -> None:
-    """Forcing the tokens of each path through the heads one by one gives the tree's children."""
+    """Forcing the tokens of each path through the heads one by one gives the tree's laws."""
     weights_ = clover_params(CLOVER2)
-    draft = _propose(CloverDrafter(CLOVER2), weights_, TEXT)
+    draft = _propose(CloverDrafter(CLOVER2, sampled=True), weights_, TEXT, temperature=1.0)
     tokens, target = np.asarray(draft.tokens[0]), weights(TARGET)
     table = target.head.T
 
@@ -195,16 +195,16 @@ def test_a_path_of_the_tree_is_the_chain_of_its_tokens() -> None:
         path = tokens[np.flatnonzero(EAGLE_25.mask[node])]
         padded = np.zeros(CLOVER2.num_heads, np.int32)
         padded[: len(path)] = path
-        logits = np.asarray(chain(jnp.asarray(padded)))[len(path) - 1]
-        best = np.argsort(-logits)[: len(children)]
-        np.testing.assert_array_equal(tokens[children], best)
+        law = jax.nn.softmax(chain(jnp.asarray(padded))[len(path) - 1])
+        np.testing.assert_allclose(draft.probs[0, node], law, atol=1e-5)
         assert len(set(tokens[children].tolist())) == len(children)
 
 
 def test_eagle_tree_is_the_chain_of_each_path() -> None:
     """Tree levels over scratch entries give what one causal pass over each path gives."""
-    drafter, weights_ = EagleDrafter(eagle.EagleConfig()), eagle_params()
-    tokens = np.asarray(_propose(drafter, weights_, TEXT).tokens[0])
+    drafter, weights_ = EagleDrafter(eagle.EagleConfig(), NARROW, sampled=True), eagle_params()
+    draft = _propose(drafter, weights_, TEXT, temperature=1.0)
+    tokens = np.asarray(draft.tokens[0])
     target = weights(TARGET)
 
     @jax.jit
@@ -213,20 +213,27 @@ def test_eagle_tree_is_the_chain_of_each_path() -> None:
         out = decoder.forward(target, TARGET, jnp.asarray([TEXT[:-1]]))
         features, embeds = out.hidden, target.embed[jnp.asarray(TEXT[1:])][None]
         rows = []
-        for level in range(EAGLE_25.max_depth):
+        for level in range(NARROW.max_depth):
             last = eagle.forward(weights_.layer, TARGET, features, embeds)[0][:, -1:]
             rows.append(decoder.unembed(target, TARGET, last[0, 0]))
             features = jnp.concatenate([features, last], axis=1)
             embeds = jnp.concatenate([embeds, target.embed[path[level]][None, None]], axis=1)
         return jnp.stack(rows)
 
-    for node in sorted(set(EAGLE_25.parent[1:].tolist())):
-        children = np.flatnonzero(EAGLE_25.parent == node)
-        path = tokens[np.flatnonzero(EAGLE_25.mask[node])][1:]
-        padded = np.zeros(EAGLE_25.max_depth, np.int32)
+    for node in sorted(set(NARROW.parent[1:].tolist())):
+        path = tokens[np.flatnonzero(NARROW.mask[node])][1:]
+        padded = np.zeros(NARROW.max_depth, np.int32)
         padded[: len(path)] = path
-        logits = np.asarray(chain(jnp.asarray(padded)))[len(path)]
-        np.testing.assert_array_equal(tokens[children], np.argsort(-logits)[: len(children)])
+        law = jax.nn.softmax(chain(jnp.asarray(padded))[len(path)])
+        np.testing.assert_allclose(draft.probs[0, node], law, atol=1e-5)
+
+
+def test_fixed_sets_are_the_most_likely_tokens_in_order() -> None:
+    weights_ = clover_params(CLOVER2)
+    fixed = _propose(CloverDrafter(CLOVER2), weights_, TEXT)
+    drawn = _propose(CloverDrafter(CLOVER2, sampled=True), weights_, TEXT, temperature=1.0)
+    best = np.argsort(-np.asarray(drawn.probs[0, 0]))[:4]
+    np.testing.assert_array_equal(np.asarray(fixed.tokens[0])[1:5], best)
 
 
 def test_heads_run_on_internal_nodes_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,6 +269,7 @@ def test_evaluation_covers_the_held_out_texts(folder: pathlib.Path) -> None:
         assert all(0 <= rates[f"top1/head{i}"] <= rates[f"top3/head{i}"] <= 1 for i in (1, 2, 3))
 
 
+@pytest.mark.slow
 def test_the_loop_trains_resumes_and_records_the_frozen_parts(
     folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

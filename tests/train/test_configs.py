@@ -1,0 +1,51 @@
+"""Every config resolves; those of language models run two updates on a little text."""
+
+import importlib
+import pathlib
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from models.sharding import make_mesh
+from tests.source_tree import ROOT
+from tests.train.text import write_corpus
+from train import loop
+from train.config import TrainConfig, build, build_task
+from train.metrics import read_metrics
+from train.task import Task
+
+NAMES = sorted(
+    path.stem
+    for path in (ROOT / "configs").glob("*.py")
+    if "def get_config" in path.read_text(encoding="utf-8")
+)
+LANGUAGE_MODELS = [name for name in NAMES if name.endswith("_lm")]
+
+
+def module(name: str) -> types.ModuleType:
+    return importlib.import_module(f"configs.{name}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_resolves_and_says_how_to_run_it(name: str):
+    config = build(TrainConfig, module(name).get_config().to_dict())
+    assert isinstance(build_task(config), Task)
+    assert f"--config=configs/{name}.py" in (module(name).__doc__ or "")
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_language_models_run_two_updates(name: str, tmp_path: pathlib.Path, monkeypatch):
+    monkeypatch.setenv("LONGREACH_DATA", str(tmp_path / "cache"))
+    config = module(name).get_config()
+    config.task.corpus, config.task.tokenizer = write_corpus(tmp_path)
+    config.task.sequence_length, config.batch_size = 16, 2
+    config.steps, config.log_every, config.optimizer.warmup_steps = 2, 1, 1
+    result = loop.train(
+        build(TrainConfig, config.to_dict()), tmp_path / "run", make_mesh("", jax.devices()[:1])
+    )
+    losses = [x["loss"] for x in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in x]
+    assert len(losses) == 2
+    assert losses[0] == pytest.approx(np.log(config.task.model.vocab_size), rel=0.05)
+    assert set(result.evaluation) == {"bits_per_byte", "nats_per_token"}
