@@ -146,13 +146,14 @@ def main() -> None:
     """Define the flags, read them and write the folder; bad input is one sentence."""
     run = flags.DEFINE_string("run", None, "Folder of a training run.")
     model = flags.DEFINE_string("model", None, "Directory, .gguf file or short name of a model.")
-    out = flags.DEFINE_string("out", None, "Folder to write; must not exist, or be empty.")
+    out = flags.DEFINE_string(
+        "out", None, "Folder to write; must not exist, or be empty.", required=True
+    )
     dtype = flags.DEFINE_enum("dtype", None, list(DTYPES), "Type of the weights; default: kept.")
     platforms = flags.DEFINE_list("stablehlo", [], "Platforms to write programs for: cpu,tpu,cuda.")
     length = flags.DEFINE_integer("length", None, "Most tokens of a text; default: the context.")
     batch = flags.DEFINE_integer("batch", 1, "Rows of the programs whose sizes are fixed (tpu).")
     hf = flags.DEFINE_bool("hf", True, "Write the Hugging Face directory.")
-    flags.mark_flag_as_required("out")
     flags.mark_flags_as_mutual_exclusive(["run", "model"], required=True)
 
     def launch(argv: Sequence[str]) -> None:
@@ -165,7 +166,7 @@ def main() -> None:
             )
             if run.value is not None:
                 export_run(pathlib.Path(run.value), target, options)
-            else:
+            elif model.value is not None:  # one of the two is given
                 export_model(model.value, target, options)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)

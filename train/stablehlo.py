@@ -5,6 +5,7 @@ cannot be part of one artefact. Weights are inputs, never constants. :mod:`train
 the result without any of this code.
 """
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -133,7 +134,7 @@ def _functions(
         policy = decoder.default_policy(cfg)
         if platform != "tpu":
             # One chunk: how many there are would depend on a length that is not known here.
-            policy = policy.replace(blocks=BlockSizes(q=length))
+            policy = dataclasses.replace(policy, blocks=BlockSizes(q=length))
 
         def forward(weights: dict[str, Any], tokens: Any) -> Any:
             params = rebuilt(weights)
@@ -168,7 +169,7 @@ def _decode_step(
     state, start = state.append_scratch(length[:, None])
     step = Step(length[:, None], start=start, slot_positions=state.positions, mode="decode")
     out = decoder.forward(params, cfg, tokens[:, None], step=step, cache=state.layers)
-    state = state.replace(layers=out.cache).commit(None, jnp.ones_like(length))
+    state = dataclasses.replace(state, layers=out.cache).commit(None, jnp.ones_like(length))
     logits = decoder.unembed(params, cfg, out.hidden)[:, 0]
     following = jnp.where(length < slots, jnp.argmax(logits, axis=-1).astype(jnp.int32), -1)
     kept = {f"{name}.{i}": getattr(state.layers[i], name) for i in layers for name in ("k", "v")}
