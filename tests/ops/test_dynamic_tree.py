@@ -163,17 +163,17 @@ def test_budget_level(seed: int, budget: int, top_p: float, ratio: float) -> Non
 def test_budget_level_serves_every_node_first_if_asked() -> None:
     probs = jnp.asarray([[0.6, 0.4, 0.0], [0.0, 0.1, 0.9]])
     joint, valid = jnp.asarray([0.9, 0.05]), jnp.asarray([True, True])
-    plain = budget_level(probs, joint, valid, 2, 4)
+    plain = _budget(probs, joint, valid, 2, 4)
     assert plain.source.tolist() == [0, 0, -1, -1]
-    served = budget_level(probs, joint, valid, 2, 4, one_per_node=True)
+    served = _budget(probs, joint, valid, 2, 4, one_per_node=True)
     assert served.source.tolist() == [0, 1, -1, -1]
     assert served.tokens.tolist() == [0, 2, -1, -1]
     with pytest.raises(ValueError, match="at least one slot"):
-        budget_level(probs, joint, valid, 2, 0)
+        _budget(probs, joint, valid, 2, 0)
 
 
 def test_budget_level_may_have_more_slots_than_candidates() -> None:
-    level = budget_level(
+    level = _budget(
         jnp.asarray([[0.7, 0.3]]), jnp.asarray([1.0]), jnp.asarray([True]), 9, 9, top_p=1.0
     )
     assert level.tokens.tolist() == [0, 1] + [-1] * 7

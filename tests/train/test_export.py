@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,14 +27,15 @@ from train.config import TrainConfig, build
 from train.data.bpe import train_bpe
 from train.export import Options, export_model, export_run
 from train.run_folder import describe_run
+from train.state import TrainState
 from train.trained import read_trained
 
 STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Texts, their tokenizer, and a run of a few updates with a moving average."""
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[pathlib.Path, TrainState]]:
+    """Texts, their tokenizer, and a run of a few updates with a moving average; its last state."""
     root = tmp_path_factory.mktemp("export")
     (root / "texts").mkdir()
     texts = [f"document {i}: " + "some words " * (i % 7) for i in range(60)]
@@ -53,8 +55,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         (root / "run").mkdir()
         command = ["python", "-m", "train", f"--workdir={root / 'run'}"]
         describe_run(root / "run", values.to_dict(), command, mesh.shape)
-        loop.train(build(TrainConfig, values.to_dict()), root / "run", mesh)
-        yield root
+        result = loop.train(build(TrainConfig, values.to_dict()), root / "run", mesh)
+        yield root, result.state
+
+
+@pytest.fixture(scope="module")
+def root(made: tuple[pathlib.Path, TrainState]) -> pathlib.Path:
+    """The folder of the texts, the tokenizer and the run."""
+    return made[0]
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +73,12 @@ def written(root: pathlib.Path) -> pathlib.Path:
     return root / "out"
 
 
-def test_the_directory_holds_the_average_of_the_newest_checkpoint(root, written):
+def test_the_directory_holds_the_average_of_the_newest_checkpoint(made, root, written):
     trained = read_trained(root / "run")
     assert trained.step == STEPS and trained.averaged
     params, cfg = load_hf(written)
     assert cfg == trained.task.model
-    want = jax.tree.map(lambda x: np.asarray(x.astype(jnp.bfloat16)), trained.params)
+    want = jax.tree.map(lambda x: np.asarray(x.astype(jnp.bfloat16)), made[1].average)
     jax.tree.map(np.testing.assert_array_equal, params, want)
     model = load(written)
     assert model.tokenizer.decode(model.tokenizer.encode("some words")) == "some words"
