@@ -11,12 +11,13 @@ Ablations of the method's page: `--config.task.heads.num_layers=0` (no augmentin
 instead of the target's laws).
 """
 
-import ml_collections
+from ml_collections import config_dict
 
 from configs import defaults
+from configs.defaults import Config
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Config:
     """The authors' optimiser with warm-up and decay scaled to 3,000 updates of 4,096 positions."""
     config = defaults.training()
     config.task.update(
@@ -25,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
             "target": "python-5m",
             "hidden": "runs/hidden/python-5m",
             "sequence_length": 256,
-            "draft_vocab": ml_collections.config_dict.placeholder(int),
+            "draft_vocab": config_dict.placeholder(int),
             "heads": {
                 "num_heads": 5,
                 "num_layers": 1,

@@ -5,12 +5,11 @@ Hidden states as for `configs/clover.py`, then:
     python -m train --config=configs/clover1.py --workdir=runs/clover1
 """
 
-import ml_collections
-
 from configs import clover
+from configs.defaults import Config
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Config:
     """As Clover-2, with one augmenting layer, residual heads and the text's tokens as labels."""
     config = clover.get_config()
     config.task.heads.update(

@@ -7,12 +7,11 @@ r"""Clover-2 heads for SmolLM2-135M-Instruct, drafting over its 8,192 most frequ
 The loss, too, is over the draft vocabulary alone.
 """
 
-import ml_collections
-
 from configs import clover
+from configs.defaults import Config
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Config:
     """About 300,000 tokens of the target's own text, seen a few times."""
     config = clover.get_config()
     config.task.target = "smollm2-135m"

@@ -5,12 +5,11 @@
 Minutes on 2 cores: not yet measured. Expected validation bits per byte: not yet measured.
 """
 
-import ml_collections
-
 from configs import base_lm
+from configs.defaults import Config
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Config:
     """The base config at half the width and half the depth."""
     config = base_lm.get_config()
     config.task.model.update(

@@ -8,9 +8,10 @@ Hidden states as for `configs/clover.py`, then:
 import ml_collections
 
 from configs import clover
+from configs.defaults import Config
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Config:
     """The data, updates and optimiser of Clover-2, so that the methods differ alone.
 
     The authors' learning rate of 3e-5 is for 800,000 updates.

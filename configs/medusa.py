@@ -6,11 +6,13 @@ Hidden states as for `configs/clover.py`, then:
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 from configs import clover
+from configs.defaults import Config
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Config:
     """The data and number of updates of Clover-2; the authors' cosine schedule, no weight decay."""
     config = clover.get_config()
     config.task.name = "research.speculative.clover.task:MedusaTask"
@@ -19,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
             "num_heads": 4,
             "shared_head": False,
             "rank": 64,
-            "draft_vocab": ml_collections.config_dict.placeholder(int),
+            "draft_vocab": config_dict.placeholder(int),
             "decay": 0.8,
         }
     )

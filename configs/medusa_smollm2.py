@@ -7,12 +7,11 @@ Hidden states as for `configs/clover_smollm2.py`, then:
 A departure from the paper, whose heads each have a matrix over the whole vocabulary.
 """
 
-import ml_collections
-
 from configs import clover_smollm2, medusa
+from configs.defaults import Config
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Config:
     """The data and number of updates of Clover-2 on the same target."""
     config, like = medusa.get_config(), clover_smollm2.get_config()
     for name in ("target", "hidden", "draft_vocab"):

@@ -6,12 +6,11 @@
 Under a minute on 2 cores; the loss falls from 6.2 to below 4 nats per token.
 """
 
-import ml_collections
-
 from configs import base_lm
+from configs.defaults import Config
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Config:
     """200 updates of 512 tokens."""
     config = base_lm.get_config()
     config.task.corpus = "text:train"

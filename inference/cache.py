@@ -5,6 +5,7 @@ kept, then stale ones, which may hold anything and are never seen. A decoding ro
 draft as scratch and then commits the accepted path; what was rejected becomes stale.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -31,9 +32,7 @@ class DenseLayer:
             _write_run(self.v, jnp.swapaxes(v, 1, 2), start),
         )
 
-    def read(
-        self, extent: int | None
-    ) -> tuple[Float[Array, "b s g d"], Float[Array, "b s g dv"]]:
+    def read(self, extent: int | None) -> tuple[Float[Array, "b s g d"], Float[Array, "b s g dv"]]:
         """The first ``extent`` slots (None: all)."""
         k, v = self.k[:, :, :extent], self.v[:, :, :extent]
         return jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
@@ -87,8 +86,8 @@ class Cache:
         """
         start = self.length + self.scratch
         marked = _write_run(self.positions[:, None, :, None], positions[:, None, :, None], start)
-        return self.replace(
-            positions=marked[:, 0, :, 0], scratch=self.scratch + positions.shape[1]
+        return dataclasses.replace(
+            self, positions=marked[:, 0, :, 0], scratch=self.scratch + positions.shape[1]
         ), start
 
     def commit(self, path: Int[Array, "b p"] | None, n: Int[Array, " b"]) -> "Cache":
@@ -106,13 +105,15 @@ class Cache:
             positions = _write_run(
                 self.positions[:, None, :, None], moved[:, None, :, None], self.length
             )
-            cache = self.replace(
+            cache = dataclasses.replace(
+                self,
                 layers=tuple(layer.gather(source, self.length) for layer in self.layers),
                 positions=positions[:, 0, :, 0],
             )
         length = self.length + n
         last = jnp.take_along_axis(cache.positions, jnp.maximum(length - 1, 0)[:, None], axis=1)
-        return cache.replace(
+        return dataclasses.replace(
+            cache,
             length=length,
             scratch=jnp.zeros_like(self.scratch),
             next_position=jnp.where(n > 0, last[:, 0] + 1, self.next_position),
@@ -120,10 +121,10 @@ class Cache:
 
     def rollback(self, scratch: Int[Array, " b"]) -> "Cache":
         """Forget scratch entries beyond the first ``scratch`` of each row."""
-        return self.replace(scratch=jnp.minimum(self.scratch, scratch))
+        return dataclasses.replace(self, scratch=jnp.minimum(self.scratch, scratch))
 
     def end_prefill(self) -> "Cache":
-        """Called once when the prompt is in; codecs compress here, a dense cache has nothing to do."""
+        """Called once when the prompt is in: codecs compress here, a dense cache does nothing."""
         return self
 
     def take_rows(self, rows: Int[Array, " r"]) -> "Cache":
@@ -167,14 +168,12 @@ def check_capacity(needed: int, capacity: int, what: str) -> None:
     """Raise ValueError if ``needed`` slots do not fit: writing past the end would corrupt rows."""
     if needed > capacity:
         raise ValueError(
-            f"{what} needs {needed} cache slots but there are {capacity}: ask for fewer new tokens, "
+            f"{what} needs {needed} cache slots but there are {capacity}: ask for fewer tokens, "
             f"shorten the prompt, or make the cache larger."
         )
 
 
-def _write_run(
-    buffer: Array, new: Array, start: Int[Array, " b"]
-) -> Array:
+def _write_run(buffer: Array, new: Array, start: Int[Array, " b"]) -> Array:
     """``buffer[b, :, start[b] : start[b] + t] = new[b]``, with the slot axis at 2."""
     new = new.astype(buffer.dtype)
     if buffer.shape[0] == 1:

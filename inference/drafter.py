@@ -97,7 +97,9 @@ class Drafter(Protocol):
         """Most drafted tokens that one round can accept."""
         ...
 
-    def init(self, params: Any, target: Target, request: Request, prompt: TargetOutputs, capacity: int) -> Any:
+    def init(
+        self, params: Any, target: Target, request: Request, prompt: TargetOutputs, capacity: int
+    ) -> Any:
         """State after the prompt. ``prompt`` covers all prompt tokens but the last (the root)."""
         ...
 
@@ -108,7 +110,14 @@ class Drafter(Protocol):
         ...
 
     def observe(
-        self, params: Any, state: Any, draft: Draft, outputs: TargetOutputs, path: Array, n: Array, root: Array
+        self,
+        params: Any,
+        state: Any,
+        draft: Draft,
+        outputs: TargetOutputs,
+        path: Array,
+        n: Array,
+        root: Array,
     ) -> Any:
         """Learn from a verified draft.
 
@@ -173,11 +182,19 @@ class NoDrafter:
     needs: frozenset[str] = frozenset()
     max_depth: int = 0
 
-    def init(self, params: Any, target: Target, request: Request, prompt: TargetOutputs, capacity: int) -> None:
+    def init(
+        self, params: Any, target: Target, request: Request, prompt: TargetOutputs, capacity: int
+    ) -> None:
         """Nothing to remember."""
 
     def propose(
-        self, params: Any, state: Any, target: Target, cache: Any, root: Int[Array, " b"], context: Context
+        self,
+        params: Any,
+        state: Any,
+        target: Target,
+        cache: Any,
+        root: Int[Array, " b"],
+        context: Context,
     ) -> tuple[Draft, Any, Any]:
         """The root and padding."""
         tree = StaticTree(tuple((0,) * depth for depth in range(1, self.width)))
@@ -186,7 +203,14 @@ class NoDrafter:
         return static_draft(tree, tokens, valid), state, cache
 
     def observe(
-        self, params: Any, state: Any, draft: Draft, outputs: TargetOutputs, path: Any, n: Any, root: Any
+        self,
+        params: Any,
+        state: Any,
+        draft: Draft,
+        outputs: TargetOutputs,
+        path: Any,
+        n: Any,
+        root: Any,
     ) -> None:
         """Nothing to learn."""
 

@@ -105,12 +105,17 @@ class Engine:
         self._check(prompts, max_new_tokens, seeds)
         if drafter_state is not None and not shares_state(self.drafter):
             raise ValueError(
-                f"{type(self.drafter).__name__} keeps no state between calls: leave drafter_state out."
+                f"{type(self.drafter).__name__} keeps no state between calls: "
+                "leave drafter_state out."
             )
         sampling = SamplingParams.make() if sampling is None else sampling
         state, seeds_array = self.start(prompts, max_new_tokens, sampling, seeds, drafter_state)
         state = self.run(
-            state, seeds_array, sampling, eos, rounds_per_call,
+            state,
+            seeds_array,
+            sampling,
+            eos,
+            rounds_per_call,
             lambda s: on_progress(_new_tokens(s, prompts)) if on_progress else None,
         )
         return Generation(
@@ -132,12 +137,16 @@ class Engine:
         lengths = np.array([len(p) for p in prompts], np.int32)
         chunk = min(self.prefill_size, bucket(longest, 16))
         chunks = -(-(longest - 1) // chunk)
-        capacity = bucket(max(chunks * chunk, longest + max_new_tokens) + self.drafter.width + chunk)
+        capacity = bucket(
+            max(chunks * chunk, longest + max_new_tokens) + self.drafter.width + chunk
+        )
         tokens = np.full((batch, capacity), -1, np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
         limit = jnp.asarray(lengths + max_new_tokens)
-        seeds_array = jnp.asarray(np.arange(batch) if seeds is None else np.asarray(seeds), jnp.int32)
+        seeds_array = jnp.asarray(
+            np.arange(batch) if seeds is None else np.asarray(seeds), jnp.int32
+        )
         policy = decoder.default_policy(self.cfg) if self.policy is None else self.policy
         cache = init_cache(self.cfg, batch, capacity, self.params.final_norm.scale.dtype)
         cache, outputs = self._prefill(cache, policy, tokens, lengths, limit, chunk, chunks)
@@ -150,7 +159,12 @@ class Engine:
             memory=jax.tree.map(jnp.array, drafter_state),
         )
         drafter_state = _init_drafter(
-            self.drafter, self.drafter_params, Target(self.params, self.cfg), request, outputs, capacity
+            self.drafter,
+            self.drafter_params,
+            Target(self.params, self.cfg),
+            request,
+            outputs,
+            capacity,
         )
         state = State(
             tokens=jnp.asarray(tokens),
@@ -182,17 +196,35 @@ class Engine:
             done, length = (np.asarray(x) for x in (state.done, state.cache.length))
             if done.all():
                 return state
-            extent = min(bucket(int(length[~done].max()) + self.drafter.width), state.cache.capacity)
+            extent = min(
+                bucket(int(length[~done].max()) + self.drafter.width), state.cache.capacity
+            )
             state = decode_rounds(
-                self.params, self.cfg, policy, self.drafter, self.drafter_params, state, seeds,
-                sampling, eos_array, max_rounds, extent=extent, rule=rule,
+                self.params,
+                self.cfg,
+                policy,
+                self.drafter,
+                self.drafter_params,
+                state,
+                seeds,
+                sampling,
+                eos_array,
+                max_rounds,
+                extent=extent,
+                rule=rule,
             )
             if after_call is not None:
                 after_call(state)
 
     def _prefill(
-        self, cache: Cache, policy: Any, tokens: np.ndarray, lengths: np.ndarray, limit: Any,
-        chunk: int, chunks: int,
+        self,
+        cache: Cache,
+        policy: Any,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        limit: Any,
+        chunk: int,
+        chunks: int,
     ) -> tuple[Cache, TargetOutputs]:
         needs = prompt_needs(self.drafter)
         parts = []
@@ -201,8 +233,15 @@ class Engine:
             piece = tokens[:, i * chunk : (i + 1) * chunk]
             extent = min(bucket((i + 1) * chunk), cache.capacity)
             cache, part = prefill_chunk(
-                self.params, self.cfg, policy, cache, jnp.asarray(piece), jnp.asarray(counts), limit,
-                extent=extent, outputs=needs,
+                self.params,
+                self.cfg,
+                policy,
+                cache,
+                jnp.asarray(piece),
+                jnp.asarray(counts),
+                limit,
+                extent=extent,
+                outputs=needs,
             )
             parts.append(part)
         cache = cache.end_prefill()
@@ -223,11 +262,14 @@ class Engine:
         limit = self.cfg.max_length if self.context_limit is None else self.context_limit
         for i, prompt in enumerate(prompts):
             if len(prompt) == 0:
-                raise ValueError(f"prompt {i} is empty: start it with at least one token, such as the start-of-text one.")
+                raise ValueError(
+                    f"prompt {i} is empty: start it with at least one token, "
+                    "such as the start-of-text one."
+                )
             if min(prompt) < 0 or max(prompt) >= self.cfg.vocab_size:
                 raise ValueError(
-                    f"prompt {i} has token ids outside 0..{self.cfg.vocab_size - 1}: the tokenizer is "
-                    f"not this model's."
+                    f"prompt {i} has token ids outside 0..{self.cfg.vocab_size - 1}: "
+                    "the tokenizer is not this model's."
                 )
             check_context(len(prompt), max_new_tokens, limit)
 
@@ -236,9 +278,9 @@ def check_context(prompt: int, new: int, limit: int) -> None:
     """Raise ValueError if prompt and new tokens exceed the context."""
     if prompt + new > limit:
         raise ValueError(
-            f"the prompt has {prompt} tokens and {new} new ones are asked for, beyond the context of "
-            f"{limit}: shorten the prompt, ask for fewer, or raise context_limit with a position "
-            f"scheme that extends the model."
+            f"the prompt has {prompt} tokens and {new} new ones are asked for, "
+            f"beyond the context of {limit}: shorten the prompt, ask for fewer, or raise "
+            "context_limit with a position scheme that extends the model."
         )
 
 
@@ -249,7 +291,12 @@ def make_engine(params: decoder.Params, cfg: decoder.Config, **settings: Any) ->
 
 @functools.partial(jax.jit, static_argnames=("drafter", "capacity"))
 def _init_drafter(
-    drafter: Drafter, params: Any, target: Target, request: Request, prompt: TargetOutputs, capacity: int
+    drafter: Drafter,
+    params: Any,
+    target: Target,
+    request: Request,
+    prompt: TargetOutputs,
+    capacity: int,
 ) -> Any:
     return drafter.init(params, target, request, prompt, capacity)
 

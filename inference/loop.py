@@ -6,6 +6,7 @@ bucket of cache slots that attention reads. The loop leaves for the host when th
 outgrows the bucket, when all rows are done, or after ``max_rounds`` rounds.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -100,10 +101,15 @@ def prefill_chunk(
     )
     safe = jnp.clip(tokens, 0, cfg.vocab_size - 1)
     out = decoder.forward(
-        params, cfg, safe, step=step, policy=policy, cache=cache.layers,
+        params,
+        cfg,
+        safe,
+        step=step,
+        policy=policy,
+        cache=cache.layers,
         all_hidden="hidden_states" in outputs,
     )
-    cache = cache.replace(layers=out.cache).commit(None, counts)
+    cache = dataclasses.replace(cache, layers=out.cache).commit(None, counts)
     return cache, _select(params, cfg, out, tokens, outputs)
 
 
@@ -205,12 +211,13 @@ def decode_round(
     cache = cache.commit(None if draft.is_chain else verdict.path, n_emit)
     needs = drafter.needs
     outputs = _select(params, cfg, out, draft.tokens, needs - {"logits"})
-    outputs = outputs.replace(logits=logits if "logits" in needs else None)
+    outputs = dataclasses.replace(outputs, logits=logits if "logits" in needs else None)
     root = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
     drafter_state = drafter.observe(
         drafter_params, drafter_state, draft, outputs, verdict.path, n_emit, root
     )
-    return state.replace(
+    return dataclasses.replace(
+        state,
         tokens=tokens,
         length=length,
         done=state.done | ended | (length >= state.limit),
@@ -245,10 +252,15 @@ def score_draft(
         mode="decode",
     )
     out = decoder.forward(
-        params, cfg, jnp.maximum(draft.tokens, 0), step=step, policy=policy, cache=cache.layers,
+        params,
+        cfg,
+        jnp.maximum(draft.tokens, 0),
+        step=step,
+        policy=policy,
+        cache=cache.layers,
         all_hidden="hidden_states" in needs,
     )
-    return cache.replace(layers=out.cache), out
+    return dataclasses.replace(cache, layers=out.cache), out
 
 
 def _kept(

@@ -10,10 +10,10 @@ from typing import Any, Protocol, runtime_checkable
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
-from ops.attention import AttentionMask, BlockSizes
 
 from models.mesh_attention import mesh_attention
 from models.positions import RopeScaling, apply_rope, rope_angles, rope_frequencies
+from ops.attention import AttentionMask, BlockSizes
 
 
 @struct.dataclass
@@ -155,7 +155,8 @@ class DensePolicy:
         """
         if self.windows is not None and self.windows.shape != (num_layers,):
             raise ValueError(
-                f"the policy has {self.windows.shape} windows for {num_layers} layers: give one per layer."
+                f"the policy has {self.windows.shape} windows for {num_layers} layers: "
+                "give one per layer."
             )
         return self.windows
 

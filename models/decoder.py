@@ -69,7 +69,8 @@ class Config:
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}."
+                f"num_heads {self.num_heads} must be a multiple of "
+                f"num_kv_heads {self.num_kv_heads}."
             )
         if self.activation not in ACTIVATIONS:
             raise ValueError(
@@ -77,7 +78,8 @@ class Config:
             )
         if self.norm not in ("rms", "layer") or self.position not in ("rope", "learned"):
             raise ValueError(
-                f"norm must be rms or layer and position rope or learned, got {self.norm!r}, {self.position!r}."
+                "norm must be rms or layer and position rope or learned, "
+                f"got {self.norm!r}, {self.position!r}."
             )
         if self.windows is not None and len(self.windows) != self.num_layers:
             raise ValueError(
@@ -137,7 +139,7 @@ def unstack(params: Params) -> Params:
         for i in range(segment.count):
             layer = jax.tree.map(lambda x, i=i: x[i], segment.layers)
             segments.append(Segment(layer, count=1, stacked=False))
-    return params.replace(segments=tuple(segments))
+    return dataclasses.replace(params, segments=tuple(segments))
 
 
 @struct.dataclass
@@ -331,10 +333,12 @@ def _run_all(
             x, out = runner.layer(x, segment.layers, policy_layer, caches[here] if caches else None)
             if caches is not None:
                 caches[here] = out.cache
-            out = jax.tree.map(lambda leaf: leaf[None], out.replace(cache=None))
-        kept.append(out.replace(cache=None))
+            out = jax.tree.map(lambda leaf: leaf[None], dataclasses.replace(out, cache=None))
+        kept.append(dataclasses.replace(out, cache=None))
     merged = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *kept) if kept else _Kept()
-    return x, merged.replace(first=first, cache=tuple(caches) if caches is not None else None)
+    return x, dataclasses.replace(
+        merged, first=first, cache=tuple(caches) if caches is not None else None
+    )
 
 
 def _scan_segment(runner: _Runner, stack: Any, chosen: Any, x: Array) -> tuple[Array, _Kept]:

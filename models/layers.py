@@ -1,4 +1,4 @@
-"""The pieces of a transformer layer: parameters, their specs, and the computation around attention."""
+"""The pieces of a transformer layer: parameters, their specs, what surrounds attention."""
 
 from collections.abc import Callable
 from typing import Any

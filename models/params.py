@@ -86,7 +86,7 @@ def init(specs: Any, key: jax.Array, out_shardings: Any = None) -> Any:
 
 
 def shape_dtype(specs: Any, shardings: Any = None) -> Any:
-    """``jax.ShapeDtypeStruct`` for every parameter, with its sharding if a tree of them is given."""
+    """``jax.ShapeDtypeStruct`` for every parameter, with its sharding if given."""
     if shardings is None:
         return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs)
     return jax.tree.map(
@@ -131,7 +131,8 @@ def validate(params: Any, specs: Any) -> None:
     wanted = {path_name(p): s for p, s in jax.tree_util.tree_leaves_with_path(specs)}
     if missing := sorted(wanted.keys() - given.keys()):
         raise ValueError(
-            f"parameter {missing[0]} is missing ({len(missing)} in all): the checkpoint is of another config."
+            f"parameter {missing[0]} is missing ({len(missing)} in all): "
+            "the checkpoint is of another config."
         )
     if extra := sorted(given.keys() - wanted.keys()):
         raise ValueError(f"parameter {extra[0]} is not part of this config ({len(extra)} such).")

@@ -184,7 +184,8 @@ def _longrope(cfg: RopeScaling, dim: int, base: float, length: Length) -> tuple[
     for name, table in (("short_factor", cfg.short_factor), ("long_factor", cfg.long_factor)):
         if len(table) != dim // 2:
             raise ValueError(
-                f"longrope's {name} has {len(table)} entries but the rotary width {dim} needs {dim // 2}."
+                f"longrope's {name} has {len(table)} entries but the rotary width "
+                f"{dim} needs {dim // 2}."
             )
     theta = _theta(dim, base)
     short, long = theta / np.asarray(cfg.short_factor), theta / np.asarray(cfg.long_factor)

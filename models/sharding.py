@@ -27,7 +27,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     Raises:
         ValueError: unknown axis name, or a size that is not a positive integer.
     """
-    sizes = dict.fromkeys(MESH_AXES, 1)
+    sizes: dict[str, int] = dict.fromkeys(MESH_AXES, 1)
     for part in filter(None, text.replace(" ", "").split(",")):
         name, _, size = part.partition("=")
         if name not in sizes:
@@ -54,7 +54,8 @@ def make_mesh(sizes: dict[str, int] | str = "", devices: list | np.ndarray | Non
     needed = math.prod(shape)
     if needed > devices.size or (needed != devices.size and needed != 1):
         raise ValueError(
-            f"the mesh {dict(zip(MESH_AXES, shape, strict=True))} needs {needed} devices but there are "
+            f"the mesh {dict(zip(MESH_AXES, shape, strict=True))} needs {needed} devices but "
+            f"there are "
             f"{devices.size}: change --mesh so that the sizes multiply to {devices.size}."
         )
     # A Mesh built directly has automatic axes; jax.make_mesh would make them explicit.
@@ -101,7 +102,8 @@ class ShardingRules:
                 names = ()
             if clash := used.intersection(names):
                 raise ValueError(
-                    f"{name or axes} would use mesh axis {sorted(clash)[0]} twice: change the rules."
+                    f"{name or axes} would use mesh axis {sorted(clash)[0]} twice: "
+                    "change the rules."
                 )
             used.update(names)
             spec.append(names[0] if len(names) == 1 else names or None)

@@ -141,7 +141,7 @@ class DraftModel:
     ) -> DraftModelState:
         """Keep the entries of committed tokens; the last drafted token was never run."""
         seen = state.missing - 1 + jnp.minimum(n, self.length)
-        return state.replace(cache=state.cache.commit(None, seen))
+        return dataclasses.replace(state, cache=state.cache.commit(None, seen))
 
     def _run(
         self, params: decoder.Params, cache: Cache, tokens: Int[Array, "b t"], extent: int | None
@@ -158,7 +158,8 @@ class DraftModel:
             mode="decode",
         )
         out = decoder.forward(params, self.cfg, tokens, step=step, cache=cache.layers)
-        return decoder.unembed(params, self.cfg, out.hidden), cache.replace(layers=out.cache)
+        logits = decoder.unembed(params, self.cfg, out.hidden)
+        return logits, dataclasses.replace(cache, layers=out.cache)
 
     def _choose(
         self, logits: Float[Array, "b v"], context: Context, i: int | Array
