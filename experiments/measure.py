@@ -92,6 +92,11 @@ def exactness(
     return Exactness(total, differing, near, error, mismatches)
 
 
+def end_tokens(model: Model) -> tuple[int, ...]:
+    """The ids that end a text of the model."""
+    return () if model.tokenizer.eos_id is None else (model.tokenizer.eos_id,)
+
+
 def draft_cost(model: Model, drafter: Drafter, params: Any, prompt: Sequence[int]) -> float:
     """FLOPs of one draft as a share of those of one plain pass, by the compiler's count."""
     if isinstance(drafter, NoDrafter):
@@ -142,7 +147,11 @@ def generate(
     engine = make_engine(model.params, model.cfg, drafter=drafter, drafter_params=params)
     seeds = [1000 * seed + i for i in range(len(prompts))]
     return engine.generate(
-        prompts, new_tokens, sampling=SamplingParams.make(temperature), seeds=seeds
+        prompts,
+        new_tokens,
+        sampling=SamplingParams.make(temperature),
+        seeds=seeds,
+        eos=end_tokens(model),
     )
 
 
@@ -157,13 +166,14 @@ def speed(
     """Tokens per second at batch 1 over all prompts, prefill and compilation not counted."""
     engine = make_engine(model.params, model.cfg, drafter=drafter, drafter_params=params)
     sampling = SamplingParams.make(temperature)
-    engine.generate(prompts[:1], new_tokens, sampling=sampling)
+    eos = end_tokens(model)
+    engine.generate(prompts[:1], new_tokens, sampling=sampling, eos=eos)
     tokens = seconds = 0.0
     for prompt in prompts:
         state, seeds = engine.start([prompt], new_tokens, sampling)
         jax.block_until_ready(state)
         start = time.perf_counter()
-        state = jax.block_until_ready(engine.run(state, seeds, sampling, ()))
+        state = jax.block_until_ready(engine.run(state, seeds, sampling, eos))
         seconds += time.perf_counter() - start
         tokens += int(state.stats.emitted[0])
     return tokens / seconds

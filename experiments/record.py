@@ -108,6 +108,7 @@ def save(
     config: Any,
     seeds: Sequence[int],
     timing: dict[str, Any] | None = None,
+    statements: Sequence[dict[str, Any]] = (),
     folder: Path | None = None,
 ) -> Path:
     """Write ``<folder>/<name>.json`` (default folder: the committed results); returns the path.
@@ -117,6 +118,7 @@ def save(
         config: the settings, a dataclass or a plain mapping.
         seeds: all seeds used.
         timing: bandwidth, load average and compile times, for experiments that measure seconds.
+        statements: what must hold, each with its answer.
     """
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         config = dataclasses.asdict(config)
@@ -131,6 +133,7 @@ def save(
         "config": config,
         "seeds": list(seeds),
         "timing": timing,
+        "statements": list(statements),
         "rows": list(rows),
     }
     folder = RESULTS if folder is None else folder

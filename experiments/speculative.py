@@ -6,7 +6,8 @@ Small-scale protocol of Clover: heads trained with equal data and updates (Clove
 Clover-1 as reconstructed, Medusa, a one-layer EAGLE-like drafter), beside what needs no training
 (prompt lookup, Token Recycling) and a small draft model. Measured: tokens per target pass at
 temperatures 0 and 1, accuracy per head, draft cost, modelled and measured speedup, and exactness.
-Every seed trains its own heads and draws its own prompts. A run that was cut off goes on where it
+Every seed trains its own heads and draws its own prompts. What must hold is answered beside
+(:mod:`experiments.statements`). A run that was cut off goes on where it
 was: hidden states, heads and finished rows are kept in the folder.
 """
 
@@ -19,10 +20,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags, logging
 
 from experiments import measure, record
+from experiments.statements import answer
 from experiments.tables import is_exact
 from inference.drafter import NoDrafter
 from inference.drafters.medusa import MedusaDrafter
@@ -31,8 +32,8 @@ from models.load import Model, load
 from models.sharding import make_mesh
 from ops.tree import EAGLE_25, tree_from_paths
 from train.config import TrainConfig, build, build_task
-from train.data.corpus import load_corpus
-from train.data.hidden import generate_texts, write_hidden
+from train.data.collect import collect, show_progress
+from train.data.prompts import load_prompts
 from train.loop import train
 
 TRAINED = {
@@ -60,6 +61,8 @@ class Settings:
 
     model: str
     folder: str
+    prompts: tuple[str, ...]
+    chat: bool
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
     texts: int
@@ -67,51 +70,43 @@ class Settings:
     text_tokens: int
     steps: int
     batch_size: int
-    prompts: int
+    heldout: int
     new_tokens: int
     draft_model: str
     draft_vocab: int | None
     speed_prompts: int
 
 
-def corpus_prompts(model: Model, split: str, count: int, tokens: int, seed: int) -> list[list[int]]:
-    """``count`` beginnings of ``tokens`` tokens at random places of a split's documents.
-
-    Raises:
-        ValueError: the split has no document that long.
-    """
-    documents = [model.tokenizer.encode(d.text) for d in load_corpus("python_stdlib", split)]
-    documents = [d for d in documents if len(d) > tokens]
-    if not documents:
-        raise ValueError(
-            f"no document of {split} has more than {tokens} tokens: ask for shorter prompts."
-        )
-    rng = np.random.default_rng(seed)
-    weights = np.array([len(d) for d in documents], np.float64)
-    prompts = []
-    for i in rng.choice(len(documents), size=count, p=weights / weights.sum()):
-        start = int(rng.integers(len(documents[i]) - tokens))
-        prompts.append(documents[i][start : start + tokens])
-    return prompts
-
-
-def collect(settings: Settings, model: Model) -> pathlib.Path:
+def collect_hidden(settings: Settings, model: Model) -> pathlib.Path:
     """The folder of hidden states over texts that the model wrote itself; made once."""
     folder = pathlib.Path(settings.folder) / "hidden"
-    if (folder / "manifest.json").exists():
-        return folder
-    prompts = corpus_prompts(model, "train", settings.texts // 2, settings.prompt_tokens, seed=0)
-    engine = measure.make_engine(model.params, model.cfg)
-    texts = generate_texts(
-        engine,
-        prompts,
-        settings.text_tokens,
-        batch=32,
-        on_progress=lambda done, total: print(f"\rtexts {done}/{total}", end="", flush=True),
-    )
-    print()
-    write_hidden(folder, model.params, model.cfg, texts)
+    if not (folder / "manifest.json").exists():
+        prompts = load_prompts(
+            settings.prompts,
+            "train",
+            model.tokenizer,
+            settings.texts // 2,
+            settings.prompt_tokens,
+            seed=0,
+            chat=settings.chat,
+        )
+        collect(
+            model, prompts, str(folder), settings.text_tokens, batch=32, on_progress=show_progress()
+        )
     return folder
+
+
+def heldout_prompts(settings: Settings, model: Model, seed: int) -> list[list[int]]:
+    """The prompts that a seed's drafters are measured on."""
+    return load_prompts(
+        settings.prompts,
+        "test",
+        model.tokenizer,
+        settings.heldout,
+        settings.prompt_tokens,
+        seed=100 + seed,
+        chat=settings.chat,
+    )
 
 
 def train_heads(settings: Settings, method: str, seed: int, hidden: pathlib.Path) -> dict[str, Any]:
@@ -161,16 +156,18 @@ def _heads_folder(settings: Settings, method: str, seed: int) -> pathlib.Path:
 
 
 def measure_method(
-    settings: Settings, model: Model, method: str, seed: int, evaluation: dict[str, Any]
+    settings: Settings,
+    model: Model,
+    method: str,
+    seed: int,
+    evaluation: dict[str, Any],
+    prompts: Sequence[Sequence[int]],
 ) -> dict[str, Any]:
     """Everything measured about one method with one seed."""
     drafter, params = make_drafter(drafter_name(settings, method, seed), model)
     if method == "medusa" and isinstance(drafter, MedusaDrafter):
         paths = (p for p in EAGLE_25.paths if len(p) <= drafter.cfg.num_heads)
         drafter = dataclasses.replace(drafter, tree=tree_from_paths(paths))
-    prompts = corpus_prompts(
-        model, "test", settings.prompts, settings.prompt_tokens, seed=100 + seed
-    )
     row: dict[str, Any] = {"evaluation": evaluation}
     for temperature in (0.0, 1.0):
         out = measure.generate(
@@ -202,9 +199,10 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     model = load(settings.model)
     folder = pathlib.Path(settings.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    hidden = collect(settings, model) if set(settings.methods) & set(TRAINED) else None
+    hidden = collect_hidden(settings, model) if set(settings.methods) & set(TRAINED) else None
     rows: dict[str, dict[int, Any]] = {}
     for seed in settings.seeds:
+        prompts = heldout_prompts(settings, model, seed)
         for method in settings.methods:
             kept = folder / f"{method}-{seed}.json"
             if not kept.exists():
@@ -214,7 +212,7 @@ def run(settings: Settings) -> list[dict[str, Any]]:
                     if hidden is not None and method in TRAINED
                     else {}
                 )
-                result = measure_method(settings, model, method, seed, evaluation)
+                result = measure_method(settings, model, method, seed, evaluation, prompts)
                 kept.write_text(json.dumps(result))
             rows.setdefault(method, {})[seed] = json.loads(kept.read_text())
     return [summarise(method, by_seed, rows.get("none")) for method, by_seed in rows.items()]
@@ -245,32 +243,6 @@ def summarise(
     return row
 
 
-def verdicts(rows: Sequence[dict[str, Any]]) -> dict[str, bool | None]:
-    """The protocol's statements that must hold, answered; None where a method is missing."""
-    by = {r["method"]: r for r in rows}
-
-    def mean(method: str, name: str) -> float:
-        return by[method][name]["mean"]
-
-    def compare(a: str, b: str, name: str, factor: float = 1.0) -> bool | None:
-        return mean(a, name) >= factor * mean(b, name) if a in by and b in by else None
-
-    pass0 = "tokens_per_pass@0"
-    cost = None
-    if "clover" in by and "eagle-like" in by:
-        cost = mean("clover", "draft_cost") < mean("eagle-like", "draft_cost")
-    return {
-        "clover has at least 1.1 times medusa's tokens per pass": compare(
-            "clover", "medusa", pass0, 1.1
-        ),
-        "regression helps": compare("clover", "clover-no-regression", pass0),
-        "the augmenting block helps": compare("clover", "clover-no-augment", pass0),
-        "distillation does not hurt": compare("clover", "clover-no-distill", pass0),
-        "clover drafts for fewer FLOPs than the EAGLE-like drafter": cost,
-        "every greedy text is exact": all(map(is_exact, rows)),
-    }
-
-
 def show(rows: Sequence[dict[str, Any]]) -> str:
     """The result as a plain table."""
     lines = [
@@ -297,10 +269,12 @@ def main(_: Sequence[str]) -> None:
         seeds=tuple(int(s) for s in values.seeds),
         texts=values.texts,
         prompt_tokens=values.prompt_tokens,
+        prompts=tuple(values.prompts),
+        chat=values.chat,
         text_tokens=values.text_tokens,
         steps=values.steps,
         batch_size=values.batch_size,
-        prompts=values.prompts,
+        heldout=values.heldout,
         new_tokens=values.new_tokens,
         draft_model=values.draft_model,
         draft_vocab=values.draft_vocab,
@@ -308,14 +282,19 @@ def main(_: Sequence[str]) -> None:
     )
     rows = run(settings)
     print(show(rows))
-    answers = verdicts(rows)
+    answers = answer(rows)
     words = {True: "holds", False: "DOES NOT HOLD", None: "not measured"}
-    for statement, answer in answers.items():
-        print(f"{words[answer]:14} {statement}")
+    for a in answers:
+        seeds = f" ({sum(a['seeds'])} of {len(a['seeds'])} seeds)" if a["seeds"] else ""
+        print(f"{words[a['holds']]:14} {a['statement']}{seeds}")
     name = f"speculative_{pathlib.Path(settings.model).name.replace('-', '_')}"
-    timing = {"memory_bandwidth_gb_s": record.memory_bandwidth()}
     path = record.save(
-        name, rows, config=settings, seeds=settings.seeds, timing=timing | {"verdicts": answers}
+        name,
+        rows,
+        config=settings,
+        seeds=settings.seeds,
+        timing={"memory_bandwidth_gb_s": record.memory_bandwidth()},
+        statements=answers,
     )
     print("saved", path)
 
@@ -324,6 +303,10 @@ def define_flags() -> None:
     """The command's flags."""
     flags.DEFINE_string("model", "python-5m", "The frozen model.")
     flags.DEFINE_string("folder", "runs/speculative", "Where heads and finished rows are kept.")
+    flags.DEFINE_list(
+        "prompts", ["python_stdlib"], "python_stdlib, text:PATH, FILE.jsonl:FIELD, in turn."
+    )
+    flags.DEFINE_bool("chat", False, "JSON lines are a user's turns in the chat template.")
     flags.DEFINE_list("methods", [*UNTRAINED, *TRAINED], "What to compare.")
     flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of heads and prompts.")
     flags.DEFINE_integer("texts", 2048, "Texts that the model writes for training.")
@@ -331,7 +314,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("text_tokens", 192, "Tokens that the model adds to each.")
     flags.DEFINE_integer("steps", 600, "Updates of the heads.")
     flags.DEFINE_integer("batch_size", 8, "Rows of 256 positions per update.")
-    flags.DEFINE_integer("prompts", 16, "Held-out prompts per seed.")
+    flags.DEFINE_integer("heldout", 16, "Held-out prompts per seed.")
     flags.DEFINE_integer("new_tokens", 200, "Tokens to generate for each.")
     flags.DEFINE_string("draft_model", "python-1m", "The small draft model.")
     flags.DEFINE_integer("draft_vocab", None, "Draft only the most frequent tokens.")

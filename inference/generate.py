@@ -66,14 +66,6 @@ def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     return prompt
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str, chat: bool) -> list[int]:
-    """Token ids of the prompt, as one user message of a chat if ``chat``."""
-    if chat:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
-        return tokenizer.encode(text, parse_special_tokens=True)
-    return tokenizer.encode(prompt, add_special_tokens=True)
-
-
 def stream(
     engine: Engine,
     tokenizer: Tokenizer,
@@ -90,6 +82,7 @@ def stream(
         tokens per second after that.
     """
     decoder, shown, first, begin = tokenizer.stream(), 0, 0.0, time.perf_counter()
+    decoder.push(prompt)  # how a piece is written may depend on what stands before it
     first_count = 0
 
     def on_progress(rows: list[list[int]]) -> None:
@@ -139,7 +132,7 @@ def run(values: flags.FlagValues, write: Callable[[str], None]) -> str:
     sampling = SamplingParams.make(values.temperature, values.top_k, values.top_p)
     text = read_prompt(values.prompt, values.prompt_file)
     model: Model = load(values.model)
-    prompt = encode_prompt(model.tokenizer, text, values.chat)
+    prompt = model.tokenizer.encode_prompt(text, values.chat)
     drafter, params = make_drafter(values.drafter, model)
     engine = make_engine(model.params, model.cfg, drafter=drafter, drafter_params=params)
     result = stream(

@@ -118,6 +118,16 @@ class Tokenizer:
         backend = self._parsing if parse_special_tokens else self._literal
         return backend.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def encode_prompt(self, prompt: str, chat: bool = False) -> list[int]:
+        """Token ids of a prompt that a model continues, as one user message of a chat if ``chat``.
+
+        Raises ``ValueError`` when there is no chat template, or when it rejects the message.
+        """
+        if not chat:
+            return self.encode(prompt, add_special_tokens=True)
+        text = self.apply_chat_template([{"role": "user", "content": prompt}])
+        return self.encode(text, parse_special_tokens=True)
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """:meth:`encode` of many documents, in parallel, without special tokens."""
         encoded = self._literal.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -292,7 +292,7 @@ class _Loop:
 
 def _tensorboard(folder: pathlib.Path) -> Any:
     try:
-        import tensorboardX  # an optional dependency
+        import tensorboardX  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
             "config.tensorboard needs tensorboardX: pip install -e '.[tensorboard]'."

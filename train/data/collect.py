@@ -1,97 +1,63 @@
 """Hidden states of a target over texts that it writes itself: ``python -m train.data.collect``.
 
-Prompts are cut from a corpus (``python_stdlib``, ``text:PATH``) or read from JSON lines, one prompt
-per line in the field that ``--field`` names. Each is continued greedily and at temperature 1.
+Prompts come from the sources that ``--prompts`` lists, see :mod:`train.data.prompts`. Each is
+continued once at every temperature.
 """
 
-import gzip
-import json
-import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import numpy as np
 from absl import app, flags
 
 from inference.engine import make_engine
-from models.load import load
-from models.tokenizer import Tokenizer
-from train.data.corpus import load_corpus
+from models.load import Model, load
 from train.data.hidden import generate_texts, write_hidden
+from train.data.prompts import load_prompts
 
 
-def corpus_prompts(
-    texts: Sequence[str], tokenizer: Tokenizer, count: int, length: int, seed: int
-) -> list[list[int]]:
-    """``count`` pieces of ``length`` tokens, each from a random place of a random text.
+def collect(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    folder: str,
+    max_new_tokens: int,
+    temperatures: Sequence[float] = (0.0, 1.0),
+    batch: int = 16,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Let the model continue the prompts, and write its states; returns the number of tokens.
 
-    Raises:
-        ValueError: no text is that long.
+    Raises as :func:`train.data.hidden.write_hidden` does.
     """
-    rng = np.random.Generator(np.random.Philox(seed))
-    # A token is at most a few bytes long, so texts of this many characters are long enough to try.
-    long_enough = [text for text in texts if len(text) >= 2 * length]
-    prompts: list[list[int]] = []
-    for _ in range(20 * count):
-        if len(prompts) == count or not long_enough:
-            break
-        text = long_enough[int(rng.integers(len(long_enough)))]
-        start = int(rng.integers(max(len(text) - 8 * length, 1)))
-        ids = tokenizer.encode(text[start : start + 12 * length])[:length]
-        if len(ids) == length:
-            prompts.append(ids)
-    if len(prompts) < count:
-        raise ValueError(
-            f"the corpus gave {len(prompts)} prompts of {length} tokens, {count} are asked for: "
-            f"use a larger corpus, or lower --prompt_tokens."
-        )
-    return prompts
+    eos = model.tokenizer.eos_id
+    engine = make_engine(model.params, model.cfg)
+    texts = generate_texts(
+        engine, prompts, max_new_tokens, temperatures, batch, () if eos is None else (eos,),
+        on_progress,
+    )  # fmt: skip
+    write_hidden(folder, model.params, model.cfg, texts, batch)
+    return sum(len(text.tokens) for text in texts)
 
 
-def file_prompts(
-    paths: Sequence[pathlib.Path], field: str, tokenizer: Tokenizer, chat: bool, limit: int
-) -> list[list[int]]:
-    """Prompts of JSON lines (``.jsonl``, ``.jsonl.gz``), at most ``limit`` tokens each.
+def show_progress() -> Callable[[int, int], None]:
+    """Prints one line to stderr whenever it is called with texts done and texts in all."""
+    began = time.monotonic()
 
-    A field that is a list gives its first entry. With ``chat`` the prompt is a user's turn in the
-    model's chat template. Prompts that are too long are left out, since a cut one asks nothing.
+    def report(done: int, total: int) -> None:
+        left = (time.monotonic() - began) * (total - done) / done / 60
+        print(f"{done} of {total} texts, {left:.1f} min left", file=sys.stderr)
 
-    Raises:
-        ValueError: a line that is not JSON or lacks the field, or no prompt at all.
-    """
-    prompts = []
-    for path in paths:
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    value = json.loads(line)[field]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(
-                        f"{path}, line {number}, has no field {field!r}: name one with --field."
-                    ) from error
-                text = str(value[0] if isinstance(value, list) else value)
-                if chat:
-                    message = [{"role": "user", "content": text}]
-                    text = tokenizer.apply_chat_template(message, add_generation_prompt=True)
-                ids = tokenizer.encode(text)
-                if 0 < len(ids) <= limit:
-                    prompts.append(ids)
-    if not prompts:
-        raise ValueError(f"no prompt of at most {limit} tokens in {', '.join(map(str, paths))}.")
-    return prompts
+    return report
 
 
 def main() -> None:
     """Define the flags, read them, generate, and write the states; errors are one sentence."""
     target = flags.DEFINE_string("target", None, "Model by name.", required=True)
-    source = flags.DEFINE_list(
-        "prompts", None, "One corpus (python_stdlib, text:PATH), or .jsonl files.", required=True
+    sources = flags.DEFINE_list(
+        "prompts", None, "python_stdlib, text:PATH, FILE.jsonl:FIELD, in turn.", required=True
     )
-    field = flags.DEFINE_string("field", "text", "Field of JSON lines that holds the prompt.")
-    chat = flags.DEFINE_bool("chat", False, "Prompts are a user's turns in the chat template.")
-    count = flags.DEFINE_integer("count", 2000, "Most prompts.", lower_bound=1)
+    chat = flags.DEFINE_bool("chat", False, "JSON lines are a user's turns in the chat template.")
+    count = flags.DEFINE_integer("count", 2000, "Prompts.", lower_bound=1)
     length = flags.DEFINE_integer("prompt_tokens", 48, "Tokens of a prompt (at most, for files).")
     new = flags.DEFINE_integer("max_new_tokens", 208, "Tokens to generate.", lower_bound=1)
     batch = flags.DEFINE_integer("batch", 16, "Texts generated together.", lower_bound=1)
@@ -104,37 +70,20 @@ def main() -> None:
             raise app.UsageError(f"unexpected argument {argv[1]}: options start with --.")
         try:
             model = load(target.value)
-            files = [pathlib.Path(p) for p in source.value if ".jsonl" in pathlib.Path(p).name]
-            if files:
-                prompts = file_prompts(
-                    files, field.value, model.tokenizer, chat.value, length.value
-                )
-                order = np.random.Generator(np.random.Philox(seed.value)).permutation(len(prompts))
-                prompts = [prompts[i] for i in order[: count.value]]
-            else:
-                texts = [document.text for document in load_corpus(source.value[0], "train")]
-                prompts = corpus_prompts(
-                    texts, model.tokenizer, count.value, length.value, seed.value
-                )
-            began = time.monotonic()
-
-            def report(done: int, total: int) -> None:
-                left = (time.monotonic() - began) * (total - done) / done / 60
-                print(f"{done} of {total} texts, {left:.1f} min left", file=sys.stderr)
-
-            eos = model.tokenizer.eos_id
-            written = generate_texts(
-                make_engine(model.params, model.cfg),
+            prompts = load_prompts(
+                sources.value, "train", model.tokenizer, count.value, length.value, seed.value,
+                chat.value,
+            )  # fmt: skip
+            tokens = collect(
+                model,
                 prompts,
+                out.value,
                 new.value,
                 [float(t) for t in temperatures.value],
                 batch.value,
-                () if eos is None else (eos,),
-                report,
+                show_progress(),
             )
-            write_hidden(out.value, model.params, model.cfg, written, batch.value)
-            tokens = sum(len(text.tokens) for text in written)
-            print(f"{len(written)} texts, {tokens} tokens in {out.value}", file=sys.stderr)
+            print(f"{tokens} tokens in {out.value}", file=sys.stderr)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)

@@ -21,7 +21,6 @@ from models.sharding import make_mesh
 from models.tokenizer import Tokenizer
 from research.speculative.clover import objective
 from research.speculative.clover.evaluation import count_hits, eagle_rollout
-from research.speculative.clover.export import trained_heads
 from research.speculative.clover.task import (
     CloverTask,
     DrafterTask,
@@ -31,7 +30,7 @@ from research.speculative.clover.task import (
     examples,
 )
 from tests.inference.models import config, engine, prompts, weights
-from train import loop
+from train import loop, trained
 from train.config import TrainConfig, build
 from train.data.hidden import generate_texts, write_hidden
 from train.task import Context
@@ -275,7 +274,8 @@ def test_the_loop_trains_resumes_and_records_the_frozen_parts(
 ) -> None:
     """The shared loop: weights move, the target's parts are hashed but not in the checkpoint."""
     task, place = clover_task(folder), context(4)
-    monkeypatch.setattr(loop, "build_task", lambda config: task)
+    for module in (loop, trained):
+        monkeypatch.setattr(module, "build_task", lambda config: task)
     result = loop.train(place.config, tmp_path, place.mesh)
     assert int(result.state.step) == 4
     assert set(result.evaluation) >= {"top1/head1", "top3/head3"}
@@ -285,7 +285,7 @@ def test_the_loop_trains_resumes_and_records_the_frozen_parts(
     jax.tree.map(np.testing.assert_array_equal, result.rest, start(task).frozen)
     jax.tree.map(
         np.testing.assert_array_equal,
-        trained_heads(tmp_path, place.config, task),
+        trained.read_trained(tmp_path).params,
         result.state.trained,
     )
     longer = dataclasses.replace(place.config, log_every=1)

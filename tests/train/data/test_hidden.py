@@ -6,12 +6,9 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
 
 from models import decoder
-from models.tokenizer import Tokenizer
 from tests.inference.models import config, engine, weights
-from train.data.collect import corpus_prompts, file_prompts
 from train.data.hidden import (
     HELDOUT_EVERY,
     HiddenTexts,
@@ -117,23 +114,3 @@ def test_bad_input_is_refused(folder: pathlib.Path, tmp_path: pathlib.Path) -> N
     with pytest.raises(ValueError, match="schema"):
         HiddenTexts(copy)
     assert not list(tmp_path.glob(".x*"))
-
-
-def test_prompts(tmp_path: pathlib.Path) -> None:
-    words = {chr(97 + i): i for i in range(26)}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    tokenizer = Tokenizer(backend)
-    text = "abcdefghijklmnopqrstuvwxyz" * 20
-    got = corpus_prompts([text, "ab"], tokenizer, 5, 7, seed=1)
-    assert [len(p) for p in got] == [7] * 5
-    assert got == corpus_prompts([text, "ab"], tokenizer, 5, 7, seed=1)
-    with pytest.raises(ValueError, match="prompt_tokens"):
-        corpus_prompts(["ab"], tokenizer, 5, 7, seed=1)
-    lines = tmp_path / "a.jsonl"
-    lines.write_text('{"turns": ["abc", "d"]}\n{"turns": ["abcdefghij"]}\n')
-    assert file_prompts([lines], "turns", tokenizer, False, 5) == [[0, 1, 2]]
-    with pytest.raises(ValueError, match="line 1, has no field 'text'"):
-        file_prompts([lines], "text", tokenizer, False, 5)
-    with pytest.raises(ValueError, match="no prompt of at most"):
-        file_prompts([lines], "turns", tokenizer, False, 2)

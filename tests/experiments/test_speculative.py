@@ -1,0 +1,121 @@
+"""The main comparison on a tiny real model: from its own texts to rows, and on after a stop."""
+
+import json
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments import measure, replay, speculative
+from experiments.statements import answer
+from experiments.tables import is_exact
+from inference.drafters.registry import make_drafter
+from models.load import Model, load
+from models.stories import convert
+
+STORIES = pathlib.Path(__file__).parents[1] / "data" / "stories260k"
+TEXT = "Once upon a time there was a little dog who liked to play with a red ball in the park. "
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The model and a small corpus of its kind of text."""
+    path = tmp_path_factory.mktemp("speculative")
+    convert(STORIES / "stories260K.bin", STORIES / "tok512.bin", path / "stories260k")
+    (path / "texts").mkdir()
+    for i in range(60):
+        (path / "texts" / f"{i}.txt").write_text(f"Story {i}. " + TEXT * 2)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder: pathlib.Path) -> Model:
+    return load(folder / "stories260k")
+
+
+def settings(folder: pathlib.Path, **changes: Any) -> speculative.Settings:
+    """A comparison of seconds."""
+    values: dict[str, Any] = {
+        "model": str(folder / "stories260k"),
+        "folder": str(folder / "run"),
+        "prompts": (f"text:{folder / 'texts'}",),
+        "chat": False,
+        "methods": ("none", "clover"),
+        "seeds": (0, 1),
+        "texts": 80,
+        "prompt_tokens": 12,
+        "text_tokens": 24,
+        "steps": 4,
+        "batch_size": 4,
+        "heldout": 3,
+        "new_tokens": 24,
+        "draft_model": "",
+        "draft_vocab": None,
+        "speed_prompts": 1,
+    }
+    return speculative.Settings(**values | changes)
+
+
+@pytest.mark.slow
+def test_the_comparison_runs_and_goes_on_where_it_was(
+    folder: pathlib.Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = speculative.run(settings(folder))
+    by = {r["method"]: r for r in rows}
+    assert list(by) == ["none", "clover"]
+    assert all(map(is_exact, rows))
+    assert by["none"]["tokens_per_pass@0"]["samples"] == [1.0, 1.0]
+    assert min(by["clover"]["tokens_per_pass@0"]["samples"]) >= 1.0
+    assert set(by["clover"]["accuracy"]) == {f"top{k}/head{i}" for k in (1, 3) for i in range(1, 6)}
+    assert by["none"]["draft_cost"]["mean"] == 0 < by["clover"]["draft_cost"]["mean"]
+    assert by["none"]["measured_speedup"]["mean"] == 1
+    holds = {a["statement"]: a["holds"] for a in answer(rows)}
+    assert holds["every greedy text is exact"] and holds["regression helps"] is None
+    assert "clover" in speculative.show(rows)
+
+    # Nothing is trained or measured again, and a row that is missing is made alone.
+    (folder / "run" / "none-1.json").unlink()
+    made = []
+    real = speculative.measure_method
+
+    def count(*arguments: Any) -> dict[str, Any]:
+        made.append(arguments[2:4])
+        return real(*arguments)
+
+    monkeypatch.setattr(speculative, "measure_method", count)
+    again = speculative.run(settings(folder))
+    assert made == [("none", 1)]
+    assert [r["tokens_per_pass@1"] for r in again] == [r["tokens_per_pass@1"] for r in rows]
+
+
+def test_prompts_of_seeds_differ_and_repeat(folder: pathlib.Path, model: Model) -> None:
+    first = speculative.heldout_prompts(settings(folder), model, 0)
+    assert [len(p) for p in first] == [12, 12, 12]
+    assert first == speculative.heldout_prompts(settings(folder), model, 0)
+    assert first != speculative.heldout_prompts(settings(folder), model, 1)
+
+
+@pytest.mark.parametrize("name", ["recycling", "none"])
+def test_the_replay_shows_every_pass(folder: pathlib.Path, model: Model, name: str) -> None:
+    drafter, params = make_drafter(name, model)
+    prompt = speculative.heldout_prompts(settings(folder), model, 0)[0]
+    passes = replay.passes_of(model, drafter, params, prompt, 24)
+    text = np.concatenate([one.emitted for one in passes]).tolist()
+    plain = measure.generate(model, drafter, params, [prompt], 24, 0.0, 0)
+    assert text == plain.tokens[0] and len(passes) == plain.stats.rounds[0]
+    for one in passes:
+        kept = replay.kept_nodes(one)
+        # The last emitted token is the model's own; the rest and the root were drafted.
+        assert len(kept) == len(one.emitted)
+        assert all(one.parent[node] in kept for node in kept - {0})
+    page = replay.page(model, name, prompt, passes)
+    (shown,) = re.findall(r"const passes = (.*);\n", page)
+    shown = json.loads(shown)
+    assert "".join(t for one in shown for t in one["text"]) == model.tokenizer.decode(
+        [*prompt, *text]
+    ).removeprefix(model.tokenizer.decode(prompt))
+    assert [sum(n["kept"] for n in one["draft"]) for one in shown] == [
+        len(one.emitted) for one in passes
+    ]
