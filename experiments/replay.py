@@ -92,11 +92,18 @@ class Pass:
     emitted: Any
 
 
-def passes_of(model: Model, drafter: Any, params: Any, prompt: list[int], new: int) -> list[Pass]:
+def passes_of(
+    model: Model,
+    drafter: Any,
+    params: Any,
+    prompt: list[int],
+    new: int,
+    drafter_state: Any = None,
+) -> list[Pass]:
     """Every pass of a greedy text. Each drafts twice: once to be shown, once in the real round."""
     greedy = SamplingParams.make()
     engine = make_engine(model.params, model.cfg, drafter=drafter, drafter_params=params)
-    state, seeds = engine.start([prompt], new, greedy)
+    state, seeds = engine.start([prompt], new, greedy, drafter_state=drafter_state)
     policy, eos = (
         decoder.default_policy(model.cfg),
         jnp.asarray(measure.end_tokens(model), jnp.int32),

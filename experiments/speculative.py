@@ -22,8 +22,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 
-from experiments import measure, record
-from experiments.statements import answer
+from experiments import measure, record, statements
 from experiments.tables import is_exact
 from inference.drafter import NoDrafter
 from inference.drafters.medusa import MedusaDrafter
@@ -282,11 +281,8 @@ def main(_: Sequence[str]) -> None:
     )
     rows = run(settings)
     print(show(rows))
-    answers = answer(rows)
-    words = {True: "holds", False: "DOES NOT HOLD", None: "not measured"}
-    for a in answers:
-        seeds = f" ({sum(a['seeds'])} of {len(a['seeds'])} seeds)" if a["seeds"] else ""
-        print(f"{words[a['holds']]:14} {a['statement']}{seeds}")
+    answers = statements.answer(rows, statements.SPECULATIVE)
+    print(statements.show(answers))
     name = f"speculative_{pathlib.Path(settings.model).name.replace('-', '_')}"
     path = record.save(
         name,

@@ -9,30 +9,10 @@ import numpy as np
 import pytest
 
 from experiments import measure, replay, speculative
-from experiments.statements import answer
+from experiments.statements import SPECULATIVE, answer
 from experiments.tables import is_exact
 from inference.drafters.registry import make_drafter
-from models.load import Model, load
-from models.stories import convert
-
-STORIES = pathlib.Path(__file__).parents[1] / "data" / "stories260k"
-TEXT = "Once upon a time there was a little dog who liked to play with a red ball in the park. "
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The model and a small corpus of its kind of text."""
-    path = tmp_path_factory.mktemp("speculative")
-    convert(STORIES / "stories260K.bin", STORIES / "tok512.bin", path / "stories260k")
-    (path / "texts").mkdir()
-    for i in range(60):
-        (path / "texts" / f"{i}.txt").write_text(f"Story {i}. " + TEXT * 2)
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(folder: pathlib.Path) -> Model:
-    return load(folder / "stories260k")
+from models.load import Model
 
 
 def settings(folder: pathlib.Path, **changes: Any) -> speculative.Settings:
@@ -71,7 +51,7 @@ def test_the_comparison_runs_and_goes_on_where_it_was(
     assert set(by["clover"]["accuracy"]) == {f"top{k}/head{i}" for k in (1, 3) for i in range(1, 6)}
     assert by["none"]["draft_cost"]["mean"] == 0 < by["clover"]["draft_cost"]["mean"]
     assert by["none"]["measured_speedup"]["mean"] == 1
-    holds = {a["statement"]: a["holds"] for a in answer(rows)}
+    holds = {a["statement"]: a["holds"] for a in answer(rows, SPECULATIVE)}
     assert holds["every greedy text is exact"] and holds["regression helps"] is None
     assert "clover" in speculative.show(rows)
 
