@@ -1,6 +1,6 @@
 """Decode speed at batch 1 against ``transformers`` with PyTorch, same weights and prompt, one run.
 
-``make bench`` runs it on the shipped model and, where it is installed, on SmolLM2-135M. Both sides
+``make bench`` runs it on the shipped models and, where it is installed, on SmolLM2-135M. Both sides
 decode greedily in float32 on the CPU's cores, with a key-value cache; prefill is timed apart and
 taken off. The order of the sides alternates, so that a drifting machine hits both. What share of
 the measured memory bandwidth decoding reaches is said beside: each token reads every weight once.
@@ -115,7 +115,7 @@ def measure(name: str, new_tokens: int, repeats: int) -> list[dict[str, Any]]:
 
 def main(_: list[str]) -> None:
     """Measure every model that is there, print and save."""
-    names = [n for n in shipped() if n.startswith("stdlib")]
+    names = shipped()
     try:
         locate("smollm2-135m")
         names.append("smollm2-135m")

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float, Int
 
 Weight = Any
@@ -38,35 +37,6 @@ class WeightLeaf:
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes of the buffers as allocated, padding included."""
-
-
-@struct.dataclass
-class OutputMajor(WeightLeaf):
-    """An ``(in, out)`` matrix kept as its transpose, for products with very few rows.
-
-    A product with one row reads the matrix once. Kept output-major each output is a dot product
-    of two contiguous vectors, which CPUs run measurably faster than the row-major form.
-    """
-
-    rows: Weight  # (out, in)
-
-    def matmul(self, x: Array, transpose: bool) -> Array:
-        """See :meth:`WeightLeaf.matmul`."""
-        return jax.lax.dot_general(
-            x, self.rows, (((x.ndim - 1,), (0 if transpose else 1,)), ((), ()))
-        )
-
-    def take(self, ids: Array) -> Array:
-        """See :meth:`WeightLeaf.take`."""
-        return jnp.moveaxis(jnp.take(self.rows, ids, axis=1), 0, -1)
-
-    def nbits(self) -> int:
-        """See :meth:`WeightLeaf.nbits`."""
-        return 8 * self.rows.nbytes
-
-    def nbytes(self) -> int:
-        """See :meth:`WeightLeaf.nbytes`."""
-        return self.rows.nbytes
 
 
 class BlockLeaf:

@@ -7,17 +7,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
+from jaxtyping import Array
 
 from models import clover, decoder, params
 from models.draft_head import draft_logits, draft_vocabulary, frequent_tokens, head_rows, spread
 from models.layers import Linear
 from ops.tree import EAGLE_25, tree_from_paths
-from ops.weights import OutputMajor
+from ops.weights import Weight, WeightLeaf
 from tests.inference.models import config, weights
 
 TARGET = config(tied=False)
 CFG = clover.CloverConfig(num_heads=3, num_layers=1)
 T = 9
+
+
+@struct.dataclass
+class OutputMajor(WeightLeaf):
+    """A codec that only turns the matrix round."""
+
+    rows: Weight  # (out, in)
+
+    def matmul(self, x: Array, transpose: bool) -> Array:
+        return jax.lax.dot_general(
+            x, self.rows, (((x.ndim - 1,), (0 if transpose else 1,)), ((), ()))
+        )
+
+    def take(self, ids: Array) -> Array:
+        return jnp.moveaxis(jnp.take(self.rows, ids, axis=1), 0, -1)
+
+    def nbits(self) -> int:
+        return 8 * self.rows.nbytes
+
+    def nbytes(self) -> int:
+        return self.rows.nbytes
 
 
 def inputs(key: int = 0) -> tuple[jax.Array, jax.Array]:
