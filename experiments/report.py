@@ -8,9 +8,9 @@
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from absl import app, flags
 
@@ -30,6 +30,51 @@ class Table:
     row: Callable[[dict[str, Any]], tuple[str, ...]]
     keep: Callable[[dict[str, Any]], bool] = lambda row: True
 
+    def render(self) -> str:
+        """The table's Markdown, with its caption."""
+        result = record.load(self.result)
+        lines = ["| " + " | ".join(self.header) + " |", "|" + " --- |" * len(self.header)]
+        lines += ["| " + " | ".join(self.row(r)) + " |" for r in result["rows"] if self.keep(r)]
+        return "\n".join([*lines, "", caption(result)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Statements:
+    """What a result's protocol says must hold, each with its answer."""
+
+    name: str
+    document: str
+    result: str
+
+    def render(self) -> str:
+        """The statements as a Markdown list."""
+        lines = []
+        for answer in record.load(self.result)["statements"]:
+            words = {True: "holds", False: "**does not hold**", None: "not measured"}
+            seeds = answer["seeds"]
+            count = f" in the mean, {sum(seeds)} of {len(seeds)} seeds" if len(seeds) > 1 else ""
+            lines.append(f"- {words[answer['holds']]}{count}: {answer['statement']}")
+        return "\n".join(lines)
+
+
+@runtime_checkable
+class Rendered(Protocol):
+    """What the report keeps current: a table of a result, its statements, or all methods."""
+
+    @property
+    def name(self) -> str:
+        """Of its markers."""
+        ...
+
+    @property
+    def document(self) -> str:
+        """Where it stands, relative to the repository's root."""
+        ...
+
+    def render(self) -> str:
+        """Its Markdown."""
+        ...
+
 
 def number(value: dict[str, Any], digits: int = 2) -> str:
     """``mean ± spread`` of a sample, or the mean alone if there is only one."""
@@ -48,14 +93,6 @@ def caption(result: dict[str, Any]) -> str:
         f"{' (with changes)' if result['modified'] else ''}, {result['date']}: "
         f"`{result['command']}`"
     )
-
-
-def render(table: Table) -> str:
-    """The table's Markdown, with its caption."""
-    result = record.load(table.result)
-    lines = ["| " + " | ".join(table.header) + " |", "|" + " --- |" * len(table.header)]
-    lines += ["| " + " | ".join(table.row(r)) + " |" for r in result["rows"] if table.keep(r)]
-    return "\n".join([*lines, "", caption(result)])
 
 
 def insert(document: str, name: str, body: str) -> str:
@@ -78,12 +115,12 @@ def source_hash(result: str) -> str:
     return hashlib.sha256((record.RESULTS / f"{result}.json").read_bytes()).hexdigest()[:16]
 
 
-def stale(tables: tuple[Table, ...], drawn: tuple[figures.Figure, ...]) -> list[str]:
+def stale(tables: Sequence[Rendered], drawn: Sequence[figures.Figure]) -> list[str]:
     """Names of the tables and figures that differ from what their results would give now."""
     names = []
     for table in tables:
         document = (ROOT / table.document).read_text()
-        if insert(document, table.name, render(table)) != document:
+        if insert(document, table.name, table.render()) != document:
             names.append(f"table {table.name} in {table.document}")
     for figure in drawn:
         path = ROOT / figure.path
@@ -92,11 +129,11 @@ def stale(tables: tuple[Table, ...], drawn: tuple[figures.Figure, ...]) -> list[
     return names
 
 
-def update(tables: tuple[Table, ...], drawn: tuple[figures.Figure, ...]) -> None:
+def update(tables: Sequence[Rendered], drawn: Sequence[figures.Figure]) -> None:
     """Rewrite every table and every figure."""
     for table in tables:
         path = ROOT / table.document
-        path.write_text(insert(path.read_text(), table.name, render(table)))
+        path.write_text(insert(path.read_text(), table.name, table.render()))
     for figure in drawn:
         figures.save(
             figure, record.load(figure.result), ROOT / figure.path, source_hash(figure.result)

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from experiments.report import Table, number
+from experiments.methods import MethodTable
+from experiments.report import Rendered, number
 
 METHODS = {
     "none": "plain decoding",
@@ -66,5 +67,5 @@ def decode_row(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-TABLES: tuple[Table, ...] = ()
+TABLES: tuple[Rendered, ...] = (MethodTable("methods", "WORKSPACE.md"),)
 """Every committed table."""

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import figures, record, report
+from experiments import figures, methods, record, report
 from experiments.tables import TABLES, speculative_row
 
 
@@ -70,3 +70,35 @@ def test_missing_markers_are_an_error():
 
 def test_committed_tables_and_figures_are_current():
     assert report.stale(TABLES, figures.FIGURES) == []
+
+
+def test_statements_are_listed_with_their_answers(scratch):
+    answers = [
+        {"statement": "it works", "holds": True, "seeds": [True, False]},
+        {"statement": "it is fast", "holds": False, "seeds": [False]},
+        {"statement": "it is cheap", "holds": None, "seeds": []},
+    ]
+    record.save("said", [], config={}, seeds=[0, 1], statements=answers, folder=record.RESULTS)
+    assert report.Statements("s", "page.md", "said").render().splitlines() == [
+        "- holds in the mean, 1 of 2 seeds: it works",
+        "- **does not hold**: it is fast",
+        "- not measured: it is cheap",
+    ]
+
+
+def test_every_method_has_a_row():
+    text = methods.MethodTable("methods", "WORKSPACE.md").render()
+    rows = {line.split("]")[0].strip("| [") for line in text.splitlines()[2:]}
+    assert rows >= {"Clover", "Token Recycling"}
+    clover = next(line for line in text.splitlines() if "[Clover]" in line)
+    assert "2408.00264" in clover and "`clover1`" in clover and "`medusa_smollm2`" in clover
+    assert "`base_lm`" not in clover and "| tested |" in clover
+
+
+def test_a_method_without_a_paper_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, "ROOT", tmp_path)
+    page = tmp_path / "research" / "family" / "method" / "README.md"
+    page.parent.mkdir(parents=True)
+    page.write_text("# Method\n\nNo paper.\n")
+    with pytest.raises(ValueError, match="must begin with"):
+        methods.MethodTable("methods", "WORKSPACE.md").render()
