@@ -110,6 +110,31 @@ def test_training_lowers_the_loss(folder: pathlib.Path, name: str) -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.parametrize("name", ["clover", "medusa shared", "eagle"])
+def test_bfloat16_is_close_to_float32(folder: pathlib.Path, name: str) -> None:
+    """Loss, slopes and evaluation run on every platform when the loop computes in bfloat16."""
+    task = tasks(folder)[name]
+    batch = next(iter(task.data(context(8))))
+    full = start(task)
+
+    @jax.jit
+    def run(params: TaskParams) -> Any:
+        trained, rest = task.partition(params)
+        of = lambda trained: task.loss(task.combine(trained, rest), batch, jax.random.key(0))[0]
+        loss, slopes = jax.value_and_grad(of)(trained)
+        x = examples(params.frozen, TARGET, batch)
+        return (
+            loss,
+            optax.tree.norm(slopes),
+            count_hits(task.outputs(params, x), task.matrices(params), x.labels, x.mask),
+        )
+
+    want, got = run(full), run(params_.cast(full, jnp.bfloat16))
+    np.testing.assert_allclose(got[0], want[0], rtol=0.03)
+    np.testing.assert_allclose(got[1], want[1], rtol=0.1)
+    np.testing.assert_array_equal(got[2].total, want[2].total)
+
+
 def test_gradient_reaches_no_part_of_the_target(folder: pathlib.Path) -> None:
     """Through head and embeddings the loss depends on the target, but sends no gradient there."""
     task = clover_task(folder)
