@@ -10,7 +10,7 @@ from configs.defaults import Config
 
 
 def get_config() -> Config:
-    """The base config at half the width and half the depth."""
+    """The base config at half the width, half the depth and half the updates."""
     config = base_lm.get_config()
     config.task.model.update(
         {
@@ -21,5 +21,8 @@ def get_config() -> Config:
             "intermediate_size": 320,
         }
     )
+    config.steps = 2500
     config.optimizer.learning_rate = 4e-3
+    config.optimizer.warmup_steps = 100
+    config.evaluate_every = 500
     return config

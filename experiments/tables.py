@@ -55,6 +55,77 @@ SPECULATIVE_HEADER = (
 )
 
 
+HEADS = 5
+
+
+def accuracy_row(row: dict[str, Any]) -> tuple[str, ...]:
+    """Cells of the accuracy per head, in percent: the guess is right (is among the best three)."""
+    cells = [METHODS[row["method"]]]
+    for i in range(1, HEADS + 1):
+        top1, top3 = (row["accuracy"].get(f"top{k}/head{i}") for k in (1, 3))
+        shown = top1 is not None and top3 is not None
+        cells.append(f"{100 * top1['mean']:.1f} ({100 * top3['mean']:.1f})" if shown else "")
+    return tuple(cells)
+
+
+def is_trained(row: dict[str, Any]) -> bool:
+    """Whether the row's drafter has heads of its own, shown once per training."""
+    return bool(row["accuracy"]) and row["method"] != "medusa-63"
+
+
+ACCURACY_HEADER = ("drafter", *(f"head {i}" for i in range(1, HEADS + 1)))
+
+
+RECYCLING = {
+    "recycling": "**Token Recycling**",
+    "accepted": "learning from accepted nodes only",
+    "frozen": "frozen after five prompts",
+    "chain": "chain of 6 in place of the tree",
+    "bigrams": "corpus bigrams, frozen, same tree",
+    "lookup": "prompt lookup, 10 tokens",
+}
+
+
+def recycling_row(row: dict[str, Any]) -> tuple[str, ...]:
+    """Cells of Token Recycling's own experiment."""
+    low, high = (speedup["mean"] for speedup in row["modelled_speedup"])
+    ties = sum(e["near_ties"] for e in row["exactness"])
+    return (
+        RECYCLING[row["method"]],
+        number(row["tokens_per_pass"]),
+        number(row["first"]),
+        number(row["last"]),
+        f"{100 * row['duplicates']['mean']:.0f}%",
+        f"{low:.2f}x to {high:.2f}x",
+        f"{'yes' if is_exact(row) else '**no**'} ({ties} near-ties)",
+    )
+
+
+RECYCLING_HEADER = (
+    "drafter",
+    "tokens per pass",
+    "first five prompts",
+    "last half",
+    "repeated siblings",
+    "modelled speedup, last half",
+    "exact",
+)
+
+
+def base_model_row(row: dict[str, Any]) -> tuple[str, ...]:
+    """Cells of the base models' bits per byte."""
+    size = row["parameters"]
+    return (
+        row["predictor"],
+        "" if size is None else f"{size / 1e6:.2f}M",
+        number(row["validation"], 3),
+        number(row["test"], 3),
+    )
+
+
+BASE_MODEL_HEADER = ("predictor", "parameters", "validation, bits per byte", "test")
+
+
 def decode_row(row: dict[str, Any]) -> tuple[str, ...]:
     """Cells of the decoding benchmark."""
     share = row["bandwidth_share"]
@@ -66,6 +137,34 @@ def decode_row(row: dict[str, Any]) -> tuple[str, ...]:
         "" if share is None else f"{100 * share:.0f}%",
     )
 
+
+DECODE_HEADER = (
+    "model",
+    "side",
+    "tokens per second",
+    "longreach over this",
+    "share of memory bandwidth",
+)
+
+
+def train_row(row: dict[str, Any]) -> tuple[str, ...]:
+    """Cells of the training benchmark."""
+    return (
+        f"`{row['config']}`, {row['parameters'] / 1e6:.2f}M parameters",
+        number(row["tokens_per_second"], 0),
+        number(row["step_gflops"], 0),
+        number(row["matmul_gflops"], 0),
+        f"{100 * row['ratio_of_best']:.0f}%",
+    )
+
+
+TRAIN_HEADER = (
+    "config",
+    "tokens per second",
+    "GFLOP/s of the step",
+    "GFLOP/s of a plain product",
+    "ratio of the best",
+)
 
 TABLES: tuple[Rendered, ...] = (MethodTable("methods", "WORKSPACE.md"),)
 """Every committed table."""
