@@ -62,9 +62,9 @@ def accuracy_row(row: dict[str, Any]) -> tuple[str, ...]:
     """Cells of the accuracy per head, in percent: the guess is right (is among the best three)."""
     cells = [METHODS[row["method"]]]
     for i in range(1, HEADS + 1):
-        top1, top3 = (row["accuracy"].get(f"top{k}/head{i}") for k in (1, 3))
-        shown = top1 is not None and top3 is not None
-        cells.append(f"{100 * top1['mean']:.1f} ({100 * top3['mean']:.1f})" if shown else "")
+        both = [row["accuracy"].get(f"top{k}/head{i}") for k in (1, 3)]
+        means = [100 * sample["mean"] for sample in both if sample is not None]
+        cells.append("{:.1f} ({:.1f})".format(*means) if len(means) == 2 else "")
     return tuple(cells)
 
 

@@ -82,13 +82,18 @@ def _launch_facts(run: pathlib.Path) -> dict[str, str]:
     facts = {"command": f"`{_without_folders(last['command'])}`"}
     if len(launches) > 1:
         facts["launches"] = f"{len(launches)}, each going on from the one before"
-    if last["commit"]:
-        changed = " with changes that were not committed" if (run / "diff.patch").exists() else ""
-        facts["commit"] = f"{last['commit']}{changed}"
+    commits = [
+        launch["commit"] + (" with changes that were not committed" if launch["diff"] else "")
+        for launch in launches
+        if launch["commit"]
+    ]
+    if commits:
+        facts["commit"] = ", then ".join(dict.fromkeys(commits))
     versions = {"python": last["python"], **last["versions"]}
     facts["versions"] = ", ".join(f"{k} {v}" for k, v in versions.items() if v)
     kind, number = last["devices"]
     facts["devices"] = f"{number} x {kind}, {last['processes']} process(es)"
+    facts["host"] = last["processor"]
     return facts
 
 

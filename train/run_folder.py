@@ -37,9 +37,9 @@ def open_folder(folder: pathlib.Path) -> None:
 def describe_run(
     folder: pathlib.Path, config: Mapping[str, Any], argv: Sequence[str], mesh: Mapping[str, int]
 ) -> None:
-    """Write config.json, run.json (command, versions, commit, devices) and diff.patch.
+    """Write config.json and run.json: command, versions, commit and hardware of every launch.
 
-    A resumed run writes them again; ``run.json`` keeps the commands of the earlier launches.
+    What was not committed at a launch is kept beside them, in ``diff_<launch>.patch``.
     """
     earlier = []
     if (folder / "run.json").exists():
@@ -48,20 +48,40 @@ def describe_run(
         except (ValueError, KeyError):
             earlier = []  # a launch was killed while it wrote the file
     commit, diff = _git()
+    patch = f"diff_{len(earlier) + 1}.patch" if diff else None
+    if patch is not None:
+        with clear_disk_errors(folder):
+            (folder / patch).write_text(diff)
     launch = {
         "command": shlex.join(argv),
         "commit": commit,
+        "diff": patch,
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "devices": [jax.devices()[0].device_kind, len(jax.devices())],
+        "processor": f"{processor()}, {cores()} cores",
         "mesh": dict(mesh),
         "processes": jax.process_count(),
     }
     write_json(folder / "config.json", config)
     write_json(folder / "run.json", {"schema": 1, "launches": [*earlier, launch]})
-    if diff:
-        with clear_disk_errors(folder):
-            (folder / "diff.patch").write_text(diff)
+
+
+def processor() -> str:
+    """The host's processor by name."""
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Cores of the host that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

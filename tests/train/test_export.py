@@ -106,7 +106,8 @@ def test_the_card_says_what_the_run_says(root, written):
     assert rows["bits_per_byte"] == f"{last['evaluation/bits_per_byte']:.4f}"
     assert 0 < float(rows["epochs"]) < 1 and "by the metrics" in rows["time"]
     assert rows["command"] == "`python -m train --workdir=run`"
-    assert launch["commit"] in rows["commit"] and f"jax {jax.__version__}" in rows["versions"]
+    assert launch["commit"] in rows["commit"] and launch["processor"] == rows["host"]
+    assert f"jax {jax.__version__}" in rows["versions"]
     assert str(root) not in card and rows["tokenizer"] == "`tokenizer`"
 
 

@@ -6,6 +6,7 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 
+from train import run_folder
 from train.metrics import MetricsFile, Window, read_metrics
 from train.run_folder import command_line, describe_run, hash_tree
 
@@ -23,7 +24,9 @@ def test_the_hash_sees_names_types_shapes_and_values():
     assert hash_tree({k: jnp.asarray(v) for k, v in tree.items()}) == hash_tree(tree)
 
 
-def test_the_folder_says_how_to_repeat_the_run(tmp_path: pathlib.Path):
+def test_the_folder_says_how_to_repeat_the_run(tmp_path: pathlib.Path, monkeypatch):
+    states = iter([("c" * 40, "a change"), ("d" * 40, "")])
+    monkeypatch.setattr(run_folder, "_git", lambda: next(states))
     argv = command_line(["__main__.py", "--config=c.py", "--config.x=a b"])
     describe_run(tmp_path, {"seed": 1}, argv, {"data": 1})
     describe_run(tmp_path, {"seed": 1}, argv, {"data": 1})
@@ -31,7 +34,13 @@ def test_the_folder_says_how_to_repeat_the_run(tmp_path: pathlib.Path):
     assert [x["command"] for x in run["launches"]] == [
         "python -m train --config=c.py '--config.x=a b'"
     ] * 2
-    assert run["launches"][0]["versions"]["jax"]
+    assert run["launches"][0]["versions"]["jax"] and "cores" in run["launches"][0]["processor"]
+    assert [(x["commit"][0], x["diff"]) for x in run["launches"]] == [
+        ("c", "diff_1.patch"),
+        ("d", None),
+    ]
+    assert (tmp_path / "diff_1.patch").read_text() == "a change"
+    assert not (tmp_path / "diff_2.patch").exists()
     assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 1}
 
 

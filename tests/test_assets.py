@@ -1,0 +1,71 @@
+"""The checkpoints that ship with the repository: complete, small, honest and usable."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+
+from models import decoder
+from models.load import ASSETS, load, shipped
+from models.params import count
+
+LIMIT = 30e6
+"""Bytes that one checkpoint may have."""
+TEXT = '''import os
+
+
+def read_lines(path):
+    """Return the lines of a file."""
+    with open(path, encoding="utf-8") as file:
+        return file.readlines()
+
+
+class Reader:
+    def __init__(self, path):
+        self.path = path
+'''
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_files_are_complete_and_small(name: str) -> None:
+    folder = ASSETS / name
+    files = {path.name for path in folder.iterdir()}
+    assert files >= {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
+    assert sum(path.stat().st_size for path in folder.iterdir()) < LIMIT
+    with safetensors.safe_open(folder / "model.safetensors", "np") as file:
+        assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"BF16"}
+    card = (folder / "README.md").read_text()
+    for fact in ("| command |", "| seed |", "| time |", "| commit |", "| epochs |", "xz -9"):
+        assert fact in card, fact
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_models_know_python(name: str) -> None:
+    """The loss on a snippet is far below that of guessing, and far below that of a shuffled one."""
+    model = load(name)
+    ids = model.tokenizer.encode(TEXT)
+    assert model.tokenizer.decode(ids) == TEXT
+
+    @jax.jit
+    def nats(tokens: jax.Array) -> jax.Array:
+        hidden = decoder.forward(model.params, model.cfg, tokens[None]).hidden
+        laws = jax.nn.log_softmax(decoder.unembed(model.params, model.cfg, hidden)[0])
+        return -jnp.mean(jnp.take_along_axis(laws[:-1], tokens[1:, None], axis=1))
+
+    loss = float(nats(jnp.asarray(ids)))
+    mixed = np.random.default_rng(0).permutation(ids)
+    assert loss < 0.5 * np.log(model.cfg.vocab_size) and loss < float(nats(jnp.asarray(mixed))) - 2
+
+
+def test_the_draft_model_fits_the_base_model() -> None:
+    base, draft = load("python-5m"), load("python-1m")
+    assert base.tokenizer.fingerprint == draft.tokenizer.fingerprint
+    sizes = [count(decoder.specs(m.cfg)) for m in (base, draft)]
+    assert sizes[0] >= 5e6 and sizes[1] < 0.25 * sizes[0]
+
+
+def test_only_checkpoints_lie_there() -> None:
+    assert {p.name for p in pathlib.Path(ASSETS).iterdir() if p.is_dir()} == set(shipped())

@@ -1,0 +1,53 @@
+"""The README's Python is run as it stands, its commands exist, its links lead somewhere."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = sorted(
+    p for p in ROOT.glob("**/*.md") if not {".venv", ".venv-next", "runs"} & set(p.parts)
+)
+
+
+def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.split()) > 3
+
+
+@pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m ([\w.]+)", README))))
+def test_commands_exist(module: str) -> None:
+    path = ROOT / module.replace(".", "/")
+    assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+
+
+def test_targets_exist() -> None:
+    targets = set(re.findall(r"make ([a-z0-9-]+)", README))
+    help_text = subprocess.run(
+        ["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert {"demo", "test"} <= targets <= set(re.findall(r"^make ([a-z0-9-]+)", help_text, re.M))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(document: pathlib.Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (document.parent / target).exists(), target
+
+
+def test_flags_of_the_readme_are_known() -> None:
+    """Every flag that stands after a module of the README is one that it defines."""
+    for module, line in re.findall(r"python -m ([\w.]+)((?:[^\n`]|\\\n)*)", README):
+        flags = set(re.findall(r"--([a-z_]+)", line))
+        if not flags:
+            continue
+        text = subprocess.run(
+            [sys.executable, "-m", module, "--helpfull"], cwd=ROOT, capture_output=True, text=True
+        ).stdout
+        assert all(f"--{name}" in text or f"--[no]{name}" in text for name in flags), line
