@@ -118,6 +118,12 @@ def hash_tree(tree: Any) -> str:
     return digest.hexdigest()
 
 
+def hash_file(path: pathlib.Path) -> str:
+    """sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)

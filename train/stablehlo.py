@@ -6,7 +6,6 @@ the result without any of this code.
 """
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from models.params import path_name
 from ops.attention import BlockSizes
 from ops.platform import target
 from train.exported import MANIFEST, SCHEMA
+from train.run_folder import hash_file
 
 PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}
 """jax.export's name of a platform, and that of ``ops.platform``."""
@@ -109,7 +109,7 @@ def write_stablehlo(
         "weights": WEIGHTS,
         "tensors": {name: _array(x) for name, x in shapes.items()},
         "platforms": about,
-        "sha256": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
+        "sha256": {path.name: hash_file(path) for path in sorted(folder.iterdir())},
     }
     text = json.dumps(manifest, indent=1, sort_keys=True)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
@@ -209,8 +209,3 @@ def _described(inputs: dict[str, Any]) -> dict[str, Any]:
 def _array(x: Any) -> dict[str, Any]:
     shape = [n if isinstance(n, int) else str(n) for n in x.shape]
     return {"shape": shape, "dtype": np.dtype(x.dtype).name}
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

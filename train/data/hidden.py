@@ -7,7 +7,6 @@ manifest that names the target's weights by hash. Texts usually come from the ta
 
 import dataclasses
 import functools
-import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from inference.engine import Engine, bucket
 from models import decoder
 from models.safetensors_io import new_directory
 from ops.sampling import SamplingParams
-from train.run_folder import hash_tree
+from train.run_folder import hash_file, hash_tree
 
 Split = Literal["train", "heldout"]
 SCHEMA = 1
@@ -110,7 +109,7 @@ def write_hidden(
         raise ValueError("every text needs at least one token after its prompt.")
     with new_directory(folder) as partial:
         _write_arrays(partial, params, cfg, texts, batch)
-        files = {p.name: _file_hash(p) for p in sorted(partial.glob("*.npy"))}
+        files = {p.name: hash_file(p) for p in sorted(partial.glob("*.npy"))}
         manifest = {
             "schema": SCHEMA,
             "target": weights_hash(params),
@@ -185,7 +184,7 @@ class HiddenTexts:
             )
         for name, digest in self.manifest["files"].items():
             file = self.folder / name
-            if not file.is_file() or _file_hash(file) != digest:
+            if not file.is_file() or hash_file(file) != digest:
                 raise ValueError(f"{file} is missing or damaged: write the hidden states again.")
         self.offsets = np.load(self.folder / "offsets.npy")
         self.tokens = np.load(self.folder / "tokens.npy", mmap_mode="r")
@@ -284,8 +283,3 @@ def heldout_batches(
     windows = HiddenWindows(texts, "heldout", length, multiple=batch_size)
     mine = grain.MapDataset.source(windows)[process_index::process_count]
     return mine.batch(batch_size // process_count).to_iter_dataset(_READ_OPTIONS)
-
-
-def _file_hash(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
