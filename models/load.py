@@ -35,7 +35,8 @@ class Model:
 
 def shipped() -> list[str]:
     """Short names of the models under ``assets/``."""
-    return sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
+    # Drafters lie there too; they have no tokenizer of their own.
+    return sorted(path.parent.name for path in ASSETS.glob("*/tokenizer.json"))
 
 
 def locate(name: str) -> pathlib.Path:

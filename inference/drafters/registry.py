@@ -4,11 +4,12 @@ Each entry names a function ``load(argument, model) -> (drafter, params)`` as ``
 It is looked up when asked for, because some live in packages that this one must not import.
 """
 
+import pathlib
 import pkgutil
 from typing import Any
 
 from inference.drafter import Drafter, NoDrafter
-from models.load import Model
+from models.load import ASSETS, Model
 
 DRAFTERS = {
     "none": "inference.drafters.registry:load_none",
@@ -19,7 +20,8 @@ DRAFTERS = {
     "eagle:DIR": "inference.drafters.eagle:load",
     "clover:DIR": "research.speculative.clover.drafter:load",
 }
-"""What can be asked for. ``DIR`` stands for a directory, or whatever else names a model."""
+"""What can be asked for. ``DIR`` stands for a directory, a folder of ``assets/`` by its name, or (for
+a draft model) whatever else names a model."""
 
 
 def load_none(argument: str, model: Model) -> tuple[NoDrafter, None]:
@@ -55,4 +57,6 @@ def make_drafter(name: str, model: Model) -> tuple[Drafter, Any]:
         FileNotFoundError: nothing at the place that the name gives.
     """
     entry, argument = check_name(name)
+    if argument and not pathlib.Path(argument).exists() and (ASSETS / argument).is_dir():
+        argument = str(ASSETS / argument)
     return pkgutil.resolve_name(entry)(argument, model)

@@ -9,11 +9,15 @@ import pytest
 from scipy import stats
 
 from inference.drafter import NoDrafter, TargetOutputs
+from inference.drafters import registry
 from inference.drafters.draft_model import DraftModel, draft_model
 from inference.drafters.lookup import LookupDrafter, copy_after_match
+from inference.drafters.medusa import MedusaDrafter
 from inference.drafters.registry import DRAFTERS, check_name, make_drafter
 from inference.loop import decode_rounds
-from models import decoder
+from models import decoder, medusa
+from models import params as params_
+from models.drafter_io import save_drafter
 from models.load import Model
 from ops.sampling import SamplingParams
 from research.speculative.token_recycling.drafter import TokenRecycling
@@ -275,6 +279,17 @@ def test_every_registered_drafter_is_named_as_module_and_attribute():
 def test_a_missing_draft_model_is_refused_by_name():
     with pytest.raises(FileNotFoundError, match="no model '/nowhere'"):
         make_drafter("draft:/nowhere", target_model())
+
+
+def test_shipped_drafters_go_by_their_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "ASSETS", tmp_path)
+    cfg = medusa.MedusaConfig(num_heads=2)
+    heads = params_.init(medusa.specs(cfg, config()), jax.random.key(0))
+    save_drafter(tmp_path / "model-medusa", "medusa", cfg, heads, config())
+    drafter, _ = make_drafter("medusa:model-medusa", target_model())
+    assert isinstance(drafter, MedusaDrafter) and drafter.cfg == cfg
+    with pytest.raises(FileNotFoundError, match="name the folder of a trained drafter"):
+        make_drafter("medusa:model-clover", target_model())
 
 
 def test_a_draft_model_with_another_tokenizer_is_refused(tmp_path):

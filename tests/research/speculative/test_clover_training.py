@@ -346,5 +346,8 @@ def test_save_and_load(tmp_path: pathlib.Path) -> None:
         load_weights(place, deeper)
     with pytest.raises(FileExistsError):
         save_drafter(place, "clover", cfg, heads, TARGET)
+    (place / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        load_settings(place, "clover", TARGET)
     with pytest.raises(FileNotFoundError, match="trained drafter"):
         load_settings(tmp_path, "clover", TARGET)
