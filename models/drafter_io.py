@@ -69,9 +69,7 @@ def load_settings(directory: str | pathlib.Path, kind: str, target: Config) -> d
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(
-            f"{path} is not JSON ({error}): fetch or save the drafter again."
-        ) from error
+        raise ValueError(f"{path} is not JSON ({error}): save the drafter again.") from error
     if settings.get("schema") != SCHEMA or settings.get("drafter") != kind:
         raise ValueError(
             f"{path} is of drafter {settings.get('drafter')!r}, schema {settings.get('schema')}, "

@@ -20,8 +20,8 @@ DRAFTERS = {
     "eagle:DIR": "inference.drafters.eagle:load",
     "clover:DIR": "research.speculative.clover.drafter:load",
 }
-"""What can be asked for. ``DIR`` stands for a directory, a folder of ``assets/`` by its name, or (for
-a draft model) whatever else names a model."""
+"""What can be asked for. ``DIR`` stands for a directory, a folder of ``assets/`` by its name, or,
+for a draft model, whatever else names a model."""
 
 
 def load_none(argument: str, model: Model) -> tuple[NoDrafter, None]:
