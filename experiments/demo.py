@@ -35,6 +35,7 @@ SETTINGS: dict[str, Any] = {
     "new_tokens": 128,
     "draft_model": "python-1m",
     "draft_vocab": None,
+    "medusa_shared_head": False,
     "speed_prompts": 1,
 }
 
@@ -54,7 +55,10 @@ def main(_: Sequence[str]) -> None:
     model = load(settings.model)
     size = model_params.count(model.params)
     print(f"{settings.model}: {size / 1e6:.1f}M parameters, trained here on Python sources")
-    rows = speculative.run(settings)
+    try:
+        rows = speculative.run(settings)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
     path = record.save(
         "demo",
         rows,

@@ -14,6 +14,7 @@ was: hidden states, heads and finished rows are kept in the folder.
 import dataclasses
 import importlib
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -32,8 +33,10 @@ from models.sharding import make_mesh
 from ops.tree import EAGLE_25, tree_from_paths
 from train.config import TrainConfig, build, build_task
 from train.data.collect import collect, show_progress
+from train.data.hidden import weights_hash
 from train.data.prompts import load_prompts
 from train.loop import train
+from train.run_folder import write_json
 
 TRAINED = {
     "medusa": ("configs.medusa", {}),
@@ -73,6 +76,7 @@ class Settings:
     new_tokens: int
     draft_model: str
     draft_vocab: int | None
+    medusa_shared_head: bool
     speed_prompts: int
 
 
@@ -124,6 +128,7 @@ def train_heads(settings: Settings, method: str, seed: int, hidden: pathlib.Path
     config.task.draft_vocab = settings.draft_vocab
     if method.startswith("medusa"):
         config.task.heads.draft_vocab = settings.draft_vocab
+        config.task.heads.shared_head = settings.medusa_shared_head
     config.task.heads.update(changes)
     config.optimizer.warmup_steps = max(1, settings.steps // 10)
     config.log_every = max(1, settings.steps // 20)
@@ -167,7 +172,11 @@ def measure_method(
     if method == "medusa" and isinstance(drafter, MedusaDrafter):
         paths = (p for p in EAGLE_25.paths if len(p) <= drafter.cfg.num_heads)
         drafter = dataclasses.replace(drafter, tree=tree_from_paths(paths))
-    row: dict[str, Any] = {"evaluation": evaluation}
+    row: dict[str, Any] = {
+        "evaluation": evaluation,
+        "shared_head": isinstance(drafter, MedusaDrafter) and drafter.cfg.shared_head,
+        "load_average": list(os.getloadavg()),
+    }
     for temperature in (0.0, 1.0):
         out = measure.generate(
             model, drafter, params, prompts, settings.new_tokens, temperature, seed
@@ -192,12 +201,39 @@ def measure_method(
     return row
 
 
+def open_folder(settings: Settings, model: Model) -> pathlib.Path:
+    """The folder of heads and rows; methods and seeds may be added to it, nothing else may change.
+
+    Raises:
+        ValueError: it was begun with other settings or another model.
+    """
+    folder = pathlib.Path(settings.folder)
+    kept = dataclasses.asdict(settings) | {"weights": weights_hash(model.params)}
+    for name in ("methods", "seeds", "folder"):
+        del kept[name]
+    kept = json.loads(json.dumps(kept))  # as it is read back
+    path = folder / "settings.json"
+    if not path.exists():
+        write_json(path, kept)
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = sorted(n for n in kept.keys() | before.keys() if kept.get(n) != before.get(n))
+    if changed:
+        raise ValueError(
+            f"{folder} was begun with other settings ({', '.join(changed)}): name another --folder."
+        )
+    return folder
+
+
 def run(settings: Settings) -> list[dict[str, Any]]:
-    """All methods and seeds; finished ones are read from the folder."""
+    """All methods and seeds; finished ones are read from the folder.
+
+    Raises:
+        ValueError: see :func:`open_folder`.
+    """
     logging.set_verbosity(logging.WARNING)  # the data and checkpoint libraries tell every step
     model = load(settings.model)
-    folder = pathlib.Path(settings.folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    pathlib.Path(settings.folder).mkdir(parents=True, exist_ok=True)
+    folder = open_folder(settings, model)
     hidden = collect_hidden(settings, model) if set(settings.methods) & set(TRAINED) else None
     rows: dict[str, dict[int, Any]] = {}
     for seed in settings.seeds:
@@ -222,7 +258,11 @@ def summarise(
 ) -> dict[str, Any]:
     """One row of the result: samples over seeds, and what follows from them."""
     runs = list(by_seed.values())
-    row: dict[str, Any] = {"method": method}
+    row: dict[str, Any] = {
+        "method": method,
+        "shared_head": runs[0]["shared_head"],
+        "load_average": [r["load_average"] for r in runs],
+    }
     for name in (*(f"{n}@{t}" for n in ("tokens_per_pass", "drafted_per_emitted") for t in "01"),
                  "draft_cost", "tokens_per_second"):  # fmt: skip
         row[name] = record.sample([r[name] for r in runs])
@@ -277,9 +317,13 @@ def main(_: Sequence[str]) -> None:
         new_tokens=values.new_tokens,
         draft_model=values.draft_model,
         draft_vocab=values.draft_vocab,
+        medusa_shared_head=values.medusa_shared_head,
         speed_prompts=values.speed_prompts,
     )
-    rows = run(settings)
+    try:
+        rows = run(settings)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
     print(show(rows))
     answers = statements.answer(rows, statements.SPECULATIVE)
     print(statements.show(answers))
@@ -314,6 +358,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("new_tokens", 200, "Tokens to generate for each.")
     flags.DEFINE_string("draft_model", "python-1m", "The small draft model.")
     flags.DEFINE_integer("draft_vocab", None, "Draft only the most frequent tokens.")
+    flags.DEFINE_bool(
+        "medusa_shared_head", False, "Medusa's heads share the frozen head and add a rank-64 map."
+    )
     flags.DEFINE_integer("speed_prompts", 3, "Prompts that are timed at batch 1.")
 
 

@@ -29,12 +29,18 @@ def is_exact(row: dict[str, Any]) -> bool:
     )
 
 
+def label(row: dict[str, Any]) -> str:
+    """A drafter's name in tables."""
+    shared = ", frozen head plus rank-64 maps" if row["shared_head"] else ""
+    return METHODS[row["method"]] + shared
+
+
 def speculative_row(row: dict[str, Any]) -> tuple[str, ...]:
     """Cells of the drafter comparison."""
     ties = sum(e["near_ties"] for e in row["exactness"])
     total = sum(e["tokens"] for e in row["exactness"])
     return (
-        METHODS[row["method"]],
+        label(row),
         number(row["tokens_per_pass@0"]),
         number(row["tokens_per_pass@1"]),
         number(row["draft_cost"], 3),
@@ -60,7 +66,7 @@ HEADS = 5
 
 def accuracy_row(row: dict[str, Any]) -> tuple[str, ...]:
     """Cells of the accuracy per head, in percent: the guess is right (is among the best three)."""
-    cells = [METHODS[row["method"]]]
+    cells = [label(row)]
     for i in range(1, HEADS + 1):
         both = [row["accuracy"].get(f"top{k}/head{i}") for k in (1, 3)]
         means = [100 * sample["mean"] for sample in both if sample is not None]

@@ -13,6 +13,7 @@ def speculative_result() -> list[dict]:
     exact = {"tokens": 10, "differing": 1, "near_ties": 1, "width_error": 1e-6}
     row = {
         "method": "lookup",
+        "shared_head": False,
         "by_depth@0": [record.sample([0.5]), record.sample([0.25])],
         "by_depth@1": [record.sample([0.5]), record.sample([0.25])],
         "exactness": [{**exact, "same_width_mismatches": 0}],

@@ -1,10 +1,12 @@
 """The main comparison on a tiny real model: from its own texts to rows, and on after a stop."""
 
+import dataclasses
 import json
 import pathlib
 import re
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,12 +17,12 @@ from inference.drafters.registry import make_drafter
 from models.load import Model
 
 
-def settings(folder: pathlib.Path, **changes: Any) -> speculative.Settings:
+def settings(place: pathlib.Path, **changes: Any) -> speculative.Settings:
     """A comparison of seconds."""
     values: dict[str, Any] = {
-        "model": str(folder / "stories260k"),
-        "folder": str(folder / "run"),
-        "prompts": (f"text:{folder / 'texts'}",),
+        "model": str(place / "stories260k"),
+        "folder": str(place / "run"),
+        "prompts": (f"text:{place / 'texts'}",),
         "chat": False,
         "methods": ("none", "clover"),
         "seeds": (0, 1),
@@ -33,6 +35,7 @@ def settings(folder: pathlib.Path, **changes: Any) -> speculative.Settings:
         "new_tokens": 24,
         "draft_model": "",
         "draft_vocab": None,
+        "medusa_shared_head": False,
         "speed_prompts": 1,
     }
     return speculative.Settings(**values | changes)
@@ -68,6 +71,19 @@ def test_the_comparison_runs_and_goes_on_where_it_was(
     again = speculative.run(settings(folder))
     assert made == [("none", 1)]
     assert [r["tokens_per_pass@1"] for r in again] == [r["tokens_per_pass@1"] for r in rows]
+
+
+def test_a_folder_keeps_to_its_settings(
+    folder: pathlib.Path, model: Model, tmp_path: pathlib.Path
+) -> None:
+    begun = settings(folder, folder=str(tmp_path))
+    speculative.open_folder(begun, model)
+    speculative.open_folder(dataclasses.replace(begun, seeds=(5,), methods=("none",)), model)
+    with pytest.raises(ValueError, match=r"other settings \(batch_size, steps\): name another"):
+        speculative.open_folder(dataclasses.replace(begun, steps=5, batch_size=9), model)
+    other = dataclasses.replace(model, params=jax.tree.map(lambda x: x + 1e-3, model.params))
+    with pytest.raises(ValueError, match=r"\(weights\)"):
+        speculative.open_folder(begun, other)
 
 
 def test_prompts_of_seeds_differ_and_repeat(folder: pathlib.Path, model: Model) -> None:
