@@ -1,5 +1,11 @@
 """Work of a model's parts: floating-point operations of products, two per multiply-add."""
 
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
 from models.decoder import Config
 
 
@@ -10,3 +16,46 @@ def layer_flops(cfg: Config, context: int) -> float:
     attention = 4.0 * (context + 1) * q_width
     matrices = 3 if cfg.gated_mlp else 2
     return projections + attention + 2.0 * matrices * cfg.hidden_size * cfg.intermediate_size
+
+
+def product_flops(function: Callable[..., Any], *arguments: Any) -> float:
+    """FLOPs of all matrix products of one call, from its jaxpr.
+
+    A ``scan`` counts every turn (the compiler's own cost analysis counts one), a ``cond`` its
+    dearest branch.
+
+    Raises:
+        ValueError: a product in a ``while`` loop, whose number of turns is not known.
+    """
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _count(jaxpr: Any) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        inner = [_count(part) for part in _jaxprs(equation.params)]
+        match equation.primitive.name:
+            case "dot_general":
+                (contracted, _), _ = equation.params["dimension_numbers"]
+                left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+                total += 2.0 * math.prod(out) * math.prod(left[axis] for axis in contracted)
+            case "scan":
+                total += equation.params["length"] * sum(inner)
+            case "cond":
+                total += max(inner)
+            case "while" if sum(inner) > 0:
+                raise ValueError("a product in a while loop has no known cost: use a scan.")
+            case _:
+                total += sum(inner)
+    return total
+
+
+def _jaxprs(params: dict[str, Any]) -> list[Any]:
+    """The jaxprs among an equation's parameters."""
+    found = []
+    for value in params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            part = getattr(part, "jaxpr", part)  # a closed one holds an open one
+            if hasattr(part, "eqns"):
+                found.append(part)
+    return found
