@@ -5,6 +5,7 @@ holds the parameter being built and not the file.
 """
 
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -248,8 +249,16 @@ def write_checkpoint(
         name = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= {tensor: name for tensor, _, _ in shard}
         arrays = {tensor: np.ascontiguousarray(make()) for tensor, _, make in shard}
-        save_file(arrays, folder / name, metadata={"format": "pt"})
+        save_arrays(arrays, folder / name)
     if len(shards) > 1:
         total = sum(size for shard in shards for _, size, _ in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def save_arrays(arrays: dict[str, np.ndarray], path: pathlib.Path) -> None:
+    """Write one file with the permissions that any new file gets (the library makes it private)."""
+    save_file(arrays, path, metadata={"format": "pt"})
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)

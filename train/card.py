@@ -12,7 +12,7 @@ from train.trained import Trained
 
 USE = """
 ```
-python -m inference.generate --model=FOLDER --prompt="..."
+python -m inference.generate --model={title} --prompt="..."
 ```
 """
 
@@ -68,7 +68,7 @@ def write_card(
 ) -> None:
     """Write ``README.md``: a sentence, a table of facts, how to use it."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    text = f"# {title}\n\n{how}\n\n| fact | value |\n|---|---|\n{rows}\n{use}"
+    text = f"# {title}\n\n{how}\n\n| fact | value |\n|---|---|\n{rows}\n{use.format(title=title)}"
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from absl import app, flags
+from absl import app, flags, logging
 
 from models import decoder
 from models.hf import save_hf
@@ -159,6 +159,7 @@ def main() -> None:
     def launch(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected argument {argv[1]}: options start with --.")
+        logging.set_verbosity(logging.ERROR)  # reading a checkpoint tells every step
         target = pathlib.Path(out.value)
         try:
             options = Options(

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
-from safetensors.numpy import save_file
 
 from inference.cache import Cache, DenseLayer
 from models import decoder
 from models.attention import Step
 from models.params import path_name
+from models.safetensors_io import save_arrays
 from ops.attention import BlockSizes
 from ops.platform import target
 from train.exported import MANIFEST, SCHEMA
@@ -78,7 +78,7 @@ def write_stablehlo(
         )
     params = decoder.unstack(params)
     weights = flat(params)
-    save_file({name: np.asarray(x) for name, x in weights.items()}, folder / WEIGHTS)
+    save_arrays({name: np.asarray(x) for name, x in weights.items()}, folder / WEIGHTS)
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
     functions = _functions(cfg, jax.tree.structure(params), length)
     about: dict[str, Any] = {}

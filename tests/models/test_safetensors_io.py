@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from models.hf import load_hf, save_hf
-from models.safetensors_io import INDEX, SINGLE
+from models.safetensors_io import INDEX, SINGLE, save_arrays
 from tests.models import tiny
 
 CFG = tiny.config()
@@ -105,3 +105,10 @@ def test_two_checkpoints_in_one_folder_are_ambiguous(tmp_path):
     shutil.copy(out / shards[0], out / SINGLE)
     with pytest.raises(ValueError, match=r"has both model.safetensors and"):
         load_hf(out)
+
+
+def test_files_may_be_read_by_whom_the_mask_lets(tmp_path):
+    save_arrays({"x": np.zeros(2, np.float32)}, tmp_path / "x.safetensors")
+    (tmp_path / "plain").write_text("")
+    modes = [path.stat().st_mode for path in sorted(tmp_path.iterdir())]
+    assert modes[0] == modes[1]
