@@ -5,8 +5,8 @@ Tokenizer first, then the model:
     python -m train.data.bpe --corpus=python_stdlib --vocab_size=4096 --out=runs/tokenizer4096
     python -m train --config=configs/base_lm.py --workdir=runs/base_lm
 
-Minutes on 2 cores: about 140 with nothing beside it (1.6 s per update; it has run in 190 beside other
-work). Expected validation bits per byte: 1.09 (1.68 after 1,000 updates, 1.18 after 3,000).
+Minutes on 2 cores: about 140 with nothing beside it (1.6 s per update). Expected validation bits
+per byte: 1.09 (1.68 after 1,000 updates, 1.18 after 3,000).
 """
 
 from configs import defaults

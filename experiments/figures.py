@@ -88,5 +88,5 @@ def save(figure: Figure, result: dict[str, Any], path: Path, source: str) -> Non
         plt.close(canvas)
 
 
-FIGURES: tuple[Figure, ...] = ()
+FIGURES: tuple[Figure, ...] = (Figure("experiments/results/demo.svg", "demo", tokens_per_pass),)
 """Every committed figure."""

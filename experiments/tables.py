@@ -3,7 +3,7 @@
 from typing import Any
 
 from experiments.methods import MethodTable
-from experiments.report import Rendered, number
+from experiments.report import Rendered, Table, number
 
 METHODS = {
     "none": "plain decoding",
@@ -172,5 +172,17 @@ TRAIN_HEADER = (
     "ratio of the best",
 )
 
-TABLES: tuple[Rendered, ...] = (MethodTable("methods", "WORKSPACE.md"),)
+TABLES: tuple[Rendered, ...] = (
+    MethodTable("methods", "WORKSPACE.md"),
+    Table("demo", "README.md", "demo", SPECULATIVE_HEADER, speculative_row),
+    Table("base_model", "README.md", "base_model", BASE_MODEL_HEADER, base_model_row),
+    Table(
+        "base_model", "assets/python-5m/README.md", "base_model", BASE_MODEL_HEADER, base_model_row
+    ),
+    Table(
+        "base_model", "assets/python-1m/README.md", "base_model", BASE_MODEL_HEADER, base_model_row
+    ),
+    Table("bench_decode", "README.md", "bench_decode", DECODE_HEADER, decode_row),
+    Table("bench_train", "README.md", "bench_train", TRAIN_HEADER, train_row),
+)
 """Every committed table."""
