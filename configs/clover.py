@@ -18,7 +18,12 @@ from configs.defaults import Config
 
 
 def get_config() -> Config:
-    """The authors' optimiser with warm-up and decay scaled to 3,000 updates of 4,096 positions."""
+    """The authors' optimiser with warm-up and decay scaled to 3,000 updates of 4,096 positions.
+
+    Their learning rate of 1e-3 is for a width of 4,096 and 20 times as many updates. At width 256,
+    after 150 updates of 2,048 positions, head 1 was right in 12% of held-out positions with 1e-3,
+    17% with 4e-3 and 22% with 1e-2 (one seed each).
+    """
     config = defaults.training()
     config.task.update(
         {
@@ -43,7 +48,7 @@ def get_config() -> Config:
     config.batch_size = 16
     config.clip = "value"
     config.clip_threshold = 0.5
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 1e-2
     config.optimizer.schedule = "linear"
     config.optimizer.warmup_steps = 100
     config.optimizer.final_fraction = 0.0

@@ -20,6 +20,7 @@ def get_config() -> Config:
     config.task.heads.num_layers = 1
     config.steps = 800
     config.batch_size = 8
+    config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 50
     config.evaluate_every = 400
     config.checkpoint_every = 100

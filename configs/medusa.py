@@ -26,6 +26,7 @@ def get_config() -> Config:
         }
     )
     config.clip = "none"
+    config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = config.steps // 10
     config.optimizer.beta2 = 0.999
