@@ -20,7 +20,7 @@ from configs.defaults import Config
 def get_config() -> Config:
     """The authors' optimiser with warm-up and decay scaled to 3,000 updates of 4,096 positions.
 
-    Their learning rate of 1e-3 is for a width of 4,096 and 20 times as many updates. At width 256,
+    Their learning rate of 1e-3 belongs to a decay over 1.6 million updates. At width 256,
     after 150 updates of 2,048 positions, head 1 was right in 12% of held-out positions with 1e-3,
     17% with 4e-3 and 22% with 1e-2 (one seed each).
     """

@@ -13,6 +13,7 @@ from typing import Any
 
 from absl import app
 
+from train.config import flatten
 from train.metrics import read_metrics
 
 MISSING = "-"
@@ -46,7 +47,7 @@ def read_run(run: pathlib.Path) -> dict[str, Any]:
         "seconds per step (median)": statistics.median(speed) if speed else None,
         "launches": len(launches),
         "commit": (launches[-1]["commit"] or "unknown")[:10],
-        **{f"config.{name}": value for name, value in _flat(config).items()},
+        **{f"config.{name}": value for name, value in flatten(config).items()},
     }
 
 
@@ -64,16 +65,6 @@ def tabulate(runs: Mapping[str, Mapping[str, Any]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def _cell(value: Any) -> str:

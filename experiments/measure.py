@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from inference.drafter import Context, Drafter, NoDrafter, Target
+from inference.drafter import Drafter, NoDrafter
 from inference.engine import Generation, bucket, make_engine
-from inference.loop import State, decode_round
+from inference.loop import State, decode_round, propose
 from models import decoder
 from models.flops import product_flops
 from models.load import Model
@@ -77,11 +77,11 @@ def exactness(
     model: Model,
     prompts: Sequence[Sequence[int]],
     texts: Sequence[Sequence[int]],
-    same_width: Sequence[Sequence[int]],
+    same_width: Sequence[Sequence[int] | None],
 ) -> Exactness:
     """Check greedy ``texts`` against the model itself; see :class:`Exactness`.
 
-    ``same_width`` may hold plain decoding's texts for the first prompts only.
+    ``same_width`` holds plain decoding's texts, None for prompts that were not decoded so.
     """
     whole = [[*p, *t] for p, t in zip(prompts, texts, strict=True)]
     error = width_error(model, whole[:2])
@@ -92,13 +92,11 @@ def exactness(
         total += len(text)
         differing += int(np.sum(gaps > 0))
         near += int(np.sum((gaps > 0) & (gaps <= MARGIN * error)))
-    mismatches = sum(list(a) != list(b) for a, b in zip(texts, same_width, strict=False))
+    mismatches = sum(
+        plain is not None and list(text) != list(plain)
+        for text, plain in zip(texts, same_width, strict=True)
+    )
     return Exactness(total, differing, near, error, mismatches)
-
-
-def end_tokens(model: Model) -> tuple[int, ...]:
-    """The ids that end a text of the model."""
-    return () if model.tokenizer.eos_id is None else (model.tokenizer.eos_id,)
 
 
 def draft_cost(model: Model, drafter: Drafter, params: Any, prompt: Sequence[int]) -> float:
@@ -113,10 +111,8 @@ def draft_cost(model: Model, drafter: Drafter, params: Any, prompt: Sequence[int
         return product_flops(function, engine.params, params, state, seeds)
 
     def draft(weights: Any, params: Any, state: State, seeds: Any) -> Any:
-        root = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
-        context = Context(state.tokens, state.length, seeds, greedy, state.cache.capacity)
-        target = Target(weights, model.cfg)
-        return drafter.propose(params, state.drafter, target, state.cache, root, context)
+        extent = state.cache.capacity
+        return propose(weights, model.cfg, drafter, params, state, seeds, greedy, extent)
 
     def plain(weights: Any, params: Any, state: State, seeds: Any) -> State:
         policy, none = decoder.default_policy(model.cfg), jnp.zeros((0,), jnp.int32)
@@ -154,7 +150,7 @@ def generate(
         new_tokens,
         sampling=SamplingParams.make(temperature),
         seeds=seeds,
-        eos=end_tokens(model),
+        eos=model.tokenizer.end_ids,
     )
 
 
@@ -169,7 +165,7 @@ def speed(
     """Tokens per second at batch 1 over all prompts, prefill and compilation not counted."""
     engine = make_engine(model.params, model.cfg, drafter=drafter, drafter_params=params)
     sampling = SamplingParams.make(temperature)
-    eos = end_tokens(model)
+    eos = model.tokenizer.end_ids
     engine.generate(prompts[:1], new_tokens, sampling=sampling, eos=eos)
     tokens = seconds = 0.0
     for prompt in prompts:

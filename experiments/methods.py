@@ -5,7 +5,9 @@ import importlib
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from experiments.report import ROOT, markdown
+
+HEADER = ("method", "papers", "configs", "golden", "results")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +23,12 @@ class MethodTable:
         Raises:
             ValueError: a method's README lacks its title or its paper.
         """
-        lines = ["| method | papers | configs | golden | results |", "|" + " --- |" * 5]
-        lines += [_row(page.parent) for page in sorted(ROOT.glob("research/*/*/README.md"))]
-        return "\n".join(lines)
+        tasks = {path.stem: _task(path.stem) for path in sorted(ROOT.glob("configs/*.py"))}
+        pages = sorted(ROOT.glob("research/*/*/README.md"))
+        return markdown(HEADER, [_row(page.parent, tasks) for page in pages])
 
 
-def _row(folder: Path) -> str:
+def _row(folder: Path, tasks: dict[str, str]) -> tuple[str, ...]:
     text = (folder / "README.md").read_text(encoding="utf-8")
     title = re.match(r"# (.+)\n", text)
     papers = list(dict.fromkeys(re.findall(r"arXiv[: ](\d{4}\.\d{5})", text)))
@@ -36,20 +38,15 @@ def _row(folder: Path) -> str:
             f"{place}/README.md must begin with '# NAME' and name its paper as 'arXiv 1234.56789'."
         )
     package = place.replace("/", ".")
-    configs = [
-        f"`{path.stem}`"
-        for path in sorted(ROOT.glob("configs/*.py"))
-        if _task(path.stem).startswith(f"{package}.")
-    ]
+    configs = [f"`{name}`" for name, task in tasks.items() if task.startswith(f"{package}.")]
     golden = ROOT / "tests" / "goldens" / f"test_{folder.name}.py"
-    cells = (
+    return (
         f"[{title[1].split(':')[0]}]({place}/README.md)",
         ", ".join(papers),
         ", ".join(configs) or "-",
         "tested" if golden.is_file() else "none",
         "in its README" if "<!-- table:" in text else "none yet",
     )
-    return "| " + " | ".join(cells) + " |"
 
 
 def _task(config: str) -> str:

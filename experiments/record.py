@@ -8,7 +8,6 @@ files and from nothing else (``experiments.report``).
 import dataclasses
 import json
 import math
-import os
 import platform
 import statistics
 import subprocess
@@ -22,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from train.run_folder import cores, processor
+from train.run_folder import cores, processor, write_text
 
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
@@ -133,9 +132,7 @@ def save(
     folder = RESULTS if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
     return path
 
 

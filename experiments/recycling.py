@@ -18,6 +18,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from experiments import measure, record, replay, statements
+from experiments.settings import define_shared_flags, from_flags
 from experiments.statements import Statement, at_least, value
 from inference.drafter import Drafter, NoDrafter, shares_state
 from inference.drafters.lookup import LookupDrafter
@@ -119,7 +120,7 @@ def decode(
     texts, rounds, by_depth, states = [], [], [], []
     for prompt in prompts:
         out = engine.generate(
-            [prompt], new_tokens, eos=measure.end_tokens(model), drafter_state=memory
+            [prompt], new_tokens, eos=model.tokenizer.end_ids, drafter_state=memory
         )
         memory = out.drafter_state
         texts.append(out.tokens[0])
@@ -166,6 +167,7 @@ def measure_method(
         prompts[: settings.checked],
         settings.new_tokens,
     )
+    same_width = [*plain.texts, *[None] * (len(prompts) - len(plain.texts))]
     return {
         "tokens_per_pass": out.per_pass(),
         "first": out.per_pass(slice(0, 5)),
@@ -173,7 +175,7 @@ def measure_method(
         "by_prompt": [out.per_pass(slice(i, i + 1)) for i in range(len(prompts))],
         "by_depth": (out.by_depth.sum(0) / sum(out.rounds)).tolist(),
         "duplicates": duplicates(list(itertools.chain.from_iterable(passes))),
-        "exactness": dataclasses.asdict(measure.exactness(model, prompts, out.texts, plain.texts)),
+        "exactness": dataclasses.asdict(measure.exactness(model, prompts, out.texts, same_width)),
     }, out.states
 
 
@@ -243,20 +245,14 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
 def main(_: Sequence[str]) -> None:
     """Run with the flags' settings, print and save."""
     logging.set_verbosity(logging.WARNING)
-    values = flags.FLAGS
-    names = [field.name for field in dataclasses.fields(Settings)]
-    given: dict[str, Any] = {name: getattr(values, name) for name in names}
-    for name in ("prompts", "methods"):
-        given[name] = tuple(given[name])
-    given["seeds"] = tuple(int(s) for s in given["seeds"])
-    settings = Settings(**given)
+    settings = from_flags(Settings)
     if "frozen" in settings.methods and settings.methods[0] != "recycling":
         raise app.UsageError("--methods: frozen goes on from recycling, put that first.")
     rows = run(settings)
     answers = statements.answer(rows, STATEMENTS)
     print(show(rows))
     print(statements.show(answers))
-    label = f"_{values.label}" if values.label else ""
+    label = f"_{flags.FLAGS.label}" if flags.FLAGS.label else ""
     name = f"recycling_{pathlib.Path(settings.model).name.replace('-', '_')}{label}"
     path = record.save(name, rows, config=settings, seeds=settings.seeds, statements=answers)
     print("saved", path)
@@ -264,16 +260,9 @@ def main(_: Sequence[str]) -> None:
 
 def define_flags() -> None:
     """The command's flags."""
-    flags.DEFINE_string("model", "python-5m", "The frozen model.")
-    flags.DEFINE_list(
-        "prompts", ["python_stdlib"], "python_stdlib, text:PATH, FILE.jsonl:FIELD, in turn."
-    )
-    flags.DEFINE_bool("chat", False, "JSON lines are a user's turns in the chat template.")
+    define_shared_flags(list(METHODS), "Seeds of the prompts.")
     flags.DEFINE_string("bigrams", "python_stdlib", "Corpus of the frozen table.")
-    flags.DEFINE_list("methods", list(METHODS), "What to compare.")
-    flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of the prompts.")
     flags.DEFINE_integer("count", 50, "Held-out prompts.", lower_bound=2)
-    flags.DEFINE_integer("prompt_tokens", 64, "Tokens of every prompt.")
     flags.DEFINE_integer("new_tokens", 128, "Tokens to generate for each.")
     flags.DEFINE_integer("frozen_after", 5, "Prompts that `frozen` learns from.", lower_bound=1)
     flags.DEFINE_integer("checked", 10, "Prompts also decoded plainly at the drafter's width.")

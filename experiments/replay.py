@@ -14,12 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from experiments import measure
 from experiments.speculative import Settings, drafter_name, heldout_prompts
-from inference.drafter import Context, Draft, Target
+from inference.drafter import Draft
 from inference.drafters.registry import make_drafter
 from inference.engine import make_engine
-from inference.loop import State, decode_round
+from inference.loop import State, decode_round, propose
 from models import decoder
 from models.load import Model
 from ops.sampling import SamplingParams
@@ -104,17 +103,12 @@ def passes_of(
     greedy = SamplingParams.make()
     engine = make_engine(model.params, model.cfg, drafter=drafter, drafter_params=params)
     state, seeds = engine.start([prompt], new, greedy, drafter_state=drafter_state)
-    policy, eos = (
-        decoder.default_policy(model.cfg),
-        jnp.asarray(measure.end_tokens(model), jnp.int32),
-    )
+    policy = decoder.default_policy(model.cfg)
+    eos = jnp.asarray(model.tokenizer.end_ids, jnp.int32)
 
     @jax.jit
     def one(weights: Any, params: Any, state: State) -> tuple[Draft, State]:
-        root = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
-        context = Context(state.tokens, state.length, seeds, greedy)
-        target = Target(weights, model.cfg)
-        draft, _, _ = drafter.propose(params, state.drafter, target, state.cache, root, context)
+        draft, _, _ = propose(weights, model.cfg, drafter, params, state, seeds, greedy, None)
         return draft, decode_round(
             weights, model.cfg, policy, drafter, params, state, seeds, greedy, eos, None, "greedy"
         )

@@ -33,9 +33,8 @@ class Table:
     def render(self) -> str:
         """The table's Markdown, with its caption."""
         result = record.load(self.result)
-        lines = ["| " + " | ".join(self.header) + " |", "|" + " --- |" * len(self.header)]
-        lines += ["| " + " | ".join(self.row(r)) + " |" for r in result["rows"] if self.keep(r)]
-        return "\n".join([*lines, "", caption(result)])
+        rows = [self.row(r) for r in result["rows"] if self.keep(r)]
+        return f"{markdown(self.header, rows)}\n\n{caption(result)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +73,13 @@ class Rendered(Protocol):
     def render(self) -> str:
         """Its Markdown."""
         ...
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, *rows]
+    cells = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([cells[0], "|" + " --- |" * len(header), *cells[1:]])
 
 
 def number(value: dict[str, Any], digits: int = 2) -> str:

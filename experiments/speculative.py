@@ -7,8 +7,8 @@ Clover-1 as reconstructed, Medusa, a one-layer EAGLE-like drafter), beside what 
 (prompt lookup, Token Recycling) and a small draft model. Measured: tokens per target pass at
 temperatures 0 and 1, accuracy per head, draft cost, modelled and measured speedup, and exactness.
 Every seed trains its own heads and draws its own prompts. What must hold is answered beside
-(:mod:`experiments.statements`). A run that was cut off goes on where it
-was: hidden states, heads and finished rows are kept in the folder.
+(:mod:`experiments.statements`). A run that was cut off goes on where it was: hidden states, heads
+and finished rows are kept in the folder.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 
 from experiments import measure, record, statements
+from experiments.settings import define_shared_flags, from_flags
 from experiments.tables import is_exact
 from inference.drafter import NoDrafter
 from inference.drafters.medusa import MedusaDrafter
@@ -31,12 +32,12 @@ from inference.drafters.registry import make_drafter
 from models.load import Model, load
 from models.sharding import make_mesh
 from ops.tree import EAGLE_25, tree_from_paths
+from train import run_folder
 from train.config import TrainConfig, build, build_task
 from train.data.collect import collect, show_progress
 from train.data.hidden import weights_hash
 from train.data.prompts import load_prompts
 from train.loop import train
-from train.run_folder import write_json
 
 TRAINED = {
     "medusa": ("configs.medusa", {}),
@@ -140,7 +141,7 @@ def train_heads(settings: Settings, method: str, seed: int, hidden: pathlib.Path
         raise SystemExit("stopped by a signal: the same command goes on from here.")
     task = build_task(built)
     task.save(result.state.trained, out / "heads", jnp.float32)
-    done.write_text(json.dumps(result.evaluation))
+    run_folder.write_json(done, result.evaluation)
     return result.evaluation
 
 
@@ -208,13 +209,14 @@ def open_folder(settings: Settings, model: Model) -> pathlib.Path:
         ValueError: it was begun with other settings or another model.
     """
     folder = pathlib.Path(settings.folder)
+    run_folder.open_folder(folder)
     kept = dataclasses.asdict(settings) | {"weights": weights_hash(model.params)}
     for name in ("methods", "seeds", "folder"):
         del kept[name]
     kept = json.loads(json.dumps(kept))  # as it is read back
     path = folder / "settings.json"
     if not path.exists():
-        write_json(path, kept)
+        run_folder.write_json(path, kept)
     before = json.loads(path.read_text(encoding="utf-8"))
     changed = sorted(n for n in kept.keys() | before.keys() if kept.get(n) != before.get(n))
     if changed:
@@ -232,24 +234,24 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     """
     logging.set_verbosity(logging.WARNING)  # the data and checkpoint libraries tell every step
     model = load(settings.model)
-    pathlib.Path(settings.folder).mkdir(parents=True, exist_ok=True)
     folder = open_folder(settings, model)
     hidden = collect_hidden(settings, model) if set(settings.methods) & set(TRAINED) else None
     rows: dict[str, dict[int, Any]] = {}
     for seed in settings.seeds:
-        prompts = heldout_prompts(settings, model, seed)
-        for method in settings.methods:
-            kept = folder / f"{method}-{seed}.json"
-            if not kept.exists():
-                print(f"{method}, seed {seed}", flush=True)
-                evaluation = (
-                    train_heads(settings, method, seed, hidden)
-                    if hidden is not None and method in TRAINED
-                    else {}
-                )
-                result = measure_method(settings, model, method, seed, evaluation, prompts)
-                kept.write_text(json.dumps(result))
-            rows.setdefault(method, {})[seed] = json.loads(kept.read_text())
+        kept = {method: folder / f"{method}-{seed}.json" for method in settings.methods}
+        missing = [method for method, path in kept.items() if not path.exists()]
+        prompts = heldout_prompts(settings, model, seed) if missing else []
+        for method in missing:
+            print(f"{method}, seed {seed}", flush=True)
+            evaluation = (
+                train_heads(settings, method, seed, hidden)
+                if hidden is not None and method in TRAINED
+                else {}
+            )
+            result = measure_method(settings, model, method, seed, evaluation, prompts)
+            run_folder.write_json(kept[method], result)
+        for method, path in kept.items():
+            rows.setdefault(method, {})[seed] = json.loads(path.read_text())
     return [summarise(method, by_seed, rows.get("none")) for method, by_seed in rows.items()]
 
 
@@ -300,26 +302,7 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(_: Sequence[str]) -> None:
     """Run with the flags' settings, print and save."""
-    values = flags.FLAGS
-    settings = Settings(
-        model=values.model,
-        folder=values.folder,
-        methods=tuple(values.methods),
-        seeds=tuple(int(s) for s in values.seeds),
-        texts=values.texts,
-        prompt_tokens=values.prompt_tokens,
-        prompts=tuple(values.prompts),
-        chat=values.chat,
-        text_tokens=values.text_tokens,
-        steps=values.steps,
-        batch_size=values.batch_size,
-        heldout=values.heldout,
-        new_tokens=values.new_tokens,
-        draft_model=values.draft_model,
-        draft_vocab=values.draft_vocab,
-        medusa_shared_head=values.medusa_shared_head,
-        speed_prompts=values.speed_prompts,
-    )
+    settings = from_flags(Settings)
     try:
         rows = run(settings)
     except (ValueError, FileNotFoundError) as error:
@@ -341,16 +324,9 @@ def main(_: Sequence[str]) -> None:
 
 def define_flags() -> None:
     """The command's flags."""
-    flags.DEFINE_string("model", "python-5m", "The frozen model.")
+    define_shared_flags([*UNTRAINED, *TRAINED], "Seeds of heads and prompts.")
     flags.DEFINE_string("folder", "runs/speculative", "Where heads and finished rows are kept.")
-    flags.DEFINE_list(
-        "prompts", ["python_stdlib"], "python_stdlib, text:PATH, FILE.jsonl:FIELD, in turn."
-    )
-    flags.DEFINE_bool("chat", False, "JSON lines are a user's turns in the chat template.")
-    flags.DEFINE_list("methods", [*UNTRAINED, *TRAINED], "What to compare.")
-    flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of heads and prompts.")
     flags.DEFINE_integer("texts", 2048, "Texts that the model writes for training.")
-    flags.DEFINE_integer("prompt_tokens", 64, "Tokens of every prompt.")
     flags.DEFINE_integer("text_tokens", 192, "Tokens that the model adds to each.")
     flags.DEFINE_integer("steps", 600, "Updates of the heads.")
     flags.DEFINE_integer("batch_size", 8, "Rows of 256 positions per update.")

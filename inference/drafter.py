@@ -170,8 +170,29 @@ def static_draft(
     )
 
 
+class Stateless:
+    """The part of a drafter that learns nothing and remembers nothing."""
+
+    def init(
+        self, params: Any, target: Target, request: Request, prompt: TargetOutputs, capacity: int
+    ) -> None:
+        """Nothing to remember."""
+
+    def observe(
+        self,
+        params: Any,
+        state: Any,
+        draft: Draft,
+        outputs: TargetOutputs,
+        path: Any,
+        n: Any,
+        root: Any,
+    ) -> None:
+        """Nothing to learn."""
+
+
 @dataclasses.dataclass(frozen=True)
-class NoDrafter:
+class NoDrafter(Stateless):
     """Plain decoding: the root alone, padded to ``width`` invalid nodes.
 
     A width above 1 gives the reference that a drafter of that width must match bit for bit: the
@@ -181,11 +202,6 @@ class NoDrafter:
     width: int = 1
     needs: frozenset[str] = frozenset()
     max_depth: int = 0
-
-    def init(
-        self, params: Any, target: Target, request: Request, prompt: TargetOutputs, capacity: int
-    ) -> None:
-        """Nothing to remember."""
 
     def propose(
         self,
@@ -201,18 +217,6 @@ class NoDrafter:
         tokens = jnp.broadcast_to(root[:, None], (root.shape[0], self.width))
         valid = jnp.broadcast_to(jnp.asarray(np.arange(self.width) == 0)[None], tokens.shape)
         return static_draft(tree, tokens, valid), state, cache
-
-    def observe(
-        self,
-        params: Any,
-        state: Any,
-        draft: Draft,
-        outputs: TargetOutputs,
-        path: Any,
-        n: Any,
-        root: Any,
-    ) -> None:
-        """Nothing to learn."""
 
 
 def committed(values: Array, path: Int[Array, "b d"]) -> Array:

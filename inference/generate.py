@@ -97,7 +97,7 @@ def stream(
         max_new_tokens,
         sampling=sampling,
         seeds=[seed],
-        eos=[] if tokenizer.eos_id is None else [tokenizer.eos_id],
+        eos=tokenizer.end_ids,
         rounds_per_call=ROUNDS_PER_CALL,
         on_progress=on_progress,
     )

@@ -183,10 +183,8 @@ def decode_round(
     rule: str | None,
 ) -> State:
     """One round: draft, one target pass, verify, commit, observe."""
-    root = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
-    context = Context(state.tokens, state.length, seeds, sampling, extent)
-    draft, drafter_state, cache = drafter.propose(
-        drafter_params, state.drafter, Target(params, cfg), state.cache, root, context
+    draft, drafter_state, cache = propose(
+        params, cfg, drafter, drafter_params, state, seeds, sampling, extent
     )
     cache, out = score_draft(params, cfg, policy, cache, draft, state.limit, extent, drafter.needs)
     logits = decoder.unembed(params, cfg, out.hidden)
@@ -224,6 +222,24 @@ def decode_round(
         cache=cache,
         drafter=drafter_state,
         stats=_count(state, draft, verdict.num_accepted, n_emit),
+    )
+
+
+def propose(
+    params: Any,
+    cfg: decoder.Config,
+    drafter: Any,
+    drafter_params: Any,
+    state: State,
+    seeds: Int[Array, " b"],
+    sampling: SamplingParams,
+    extent: int | None,
+) -> tuple[Draft, Any, Cache]:
+    """The first step of a round: the draft, the drafter's new state, the target's cache."""
+    root = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
+    context = Context(state.tokens, state.length, seeds, sampling, extent)
+    return drafter.propose(
+        drafter_params, state.drafter, Target(params, cfg), state.cache, root, context
     )
 
 

@@ -55,8 +55,7 @@ def make_mesh(sizes: dict[str, int] | str = "", devices: list | np.ndarray | Non
     if needed > devices.size or (needed != devices.size and needed != 1):
         raise ValueError(
             f"the mesh {dict(zip(MESH_AXES, shape, strict=True))} needs {needed} devices but "
-            f"there are "
-            f"{devices.size}: change --mesh so that the sizes multiply to {devices.size}."
+            f"there are {devices.size}: change --mesh so that the sizes multiply to {devices.size}."
         )
     # A Mesh built directly has automatic axes; jax.make_mesh would make them explicit.
     return Mesh(devices.reshape(-1)[:needed].reshape(shape), MESH_AXES)

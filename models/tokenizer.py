@@ -141,6 +141,11 @@ class Tokenizer:
         """A decoder for ids that arrive one after the other."""
         return StreamDecoder(self, skip_special_tokens)
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a text: the eos if there is one."""
+        return () if self.eos_id is None else (self.eos_id,)
+
     @functools.cached_property
     def vocab_size(self) -> int:
         """One more than the largest id, added tokens included."""

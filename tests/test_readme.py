@@ -1,17 +1,14 @@
 """The README's Python is run as it stands, its commands exist, its links lead somewhere."""
 
-import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = sorted(
-    p for p in ROOT.glob("**/*.md") if not {".venv", ".venv-next", "runs"} & set(p.parts)
-)
+from tests.source_tree import ROOT, files, read
+
+README = read("README.md")
 
 
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,11 +31,11 @@ def test_targets_exist() -> None:
     assert {"demo", "test"} <= targets <= set(re.findall(r"^make ([a-z0-9-]+)", help_text, re.M))
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
-def test_links_lead_somewhere(document: pathlib.Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
+@pytest.mark.parametrize("document", files(".md"))
+def test_links_lead_somewhere(document: str) -> None:
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", read(document)):
         if "://" not in target:
-            assert (document.parent / target).exists(), target
+            assert ((ROOT / document).parent / target).exists(), target
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from train.checkpoint import clear_disk_errors
+from train.run_folder import write_text
 
 
 class MetricsFile:
@@ -26,9 +27,7 @@ class MetricsFile:
         with clear_disk_errors(path.parent):
             if path.exists():
                 kept = [line for line in path.read_text().splitlines() if _step(line) <= start]
-                temporary = path.with_suffix(".partial")
-                temporary.write_text("".join(f"{line}\n" for line in kept))
-                temporary.replace(path)
+                write_text(path, "".join(f"{line}\n" for line in kept))
             self._file = open(path, "a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:

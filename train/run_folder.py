@@ -85,10 +85,15 @@ def cores() -> int:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write JSON by way of a temporary file, so that the file is never half-written."""
+    """Write JSON; see :func:`write_text`."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Write by way of a temporary file, so that the file is never half-written."""
     with clear_disk_errors(path.parent):
         temporary = path.with_name(path.name + ".partial")
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
 
 

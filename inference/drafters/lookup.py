@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from inference.drafter import Context, Draft, Request, Target, TargetOutputs, static_draft
+from inference.drafter import Context, Draft, Stateless, Target, static_draft
 from ops.tree import chain_tree
 
 
 @dataclasses.dataclass(frozen=True)
-class LookupDrafter:
+class LookupDrafter(Stateless):
     """A chain of ``length`` tokens copied from after the longest matching n-gram.
 
     Attributes:
@@ -49,11 +49,6 @@ class LookupDrafter:
         """Most drafted tokens that one round can accept."""
         return self.length
 
-    def init(
-        self, params: Any, target: Target, request: Request, prompt: TargetOutputs, capacity: int
-    ) -> None:
-        """Nothing to remember: the text itself is the memory."""
-
     def propose(
         self,
         params: Any,
@@ -73,18 +68,6 @@ class LookupDrafter:
             [jnp.ones_like(found)[:, None], jnp.broadcast_to(found[:, None], copied.shape)], axis=1
         )
         return static_draft(chain_tree(self.length), tokens, valid), state, cache
-
-    def observe(
-        self,
-        params: Any,
-        state: Any,
-        draft: Draft,
-        outputs: TargetOutputs,
-        path: Any,
-        n: Any,
-        root: Any,
-    ) -> None:
-        """Nothing to learn."""
 
 
 def copy_after_match(

@@ -45,7 +45,7 @@ def test_an_update_makes_everything_current(scratch):
     assert report.stale((table(),), drawn) == []
     text = (scratch / "page.md").read_text()
     assert "prompt lookup" in text and "2.00 ± 0.71" in text and "1 near-ties in 10" in text
-    assert text.startswith("a\n") and text.endswith("b\n") and "old" not in text
+    assert text.startswith("a\n") and text.endswith("b\n") and "\nold\n" not in text
 
 
 def test_a_changed_result_is_noticed(scratch):

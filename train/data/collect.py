@@ -29,10 +29,9 @@ def collect(
 
     Raises as :func:`train.data.hidden.write_hidden` does.
     """
-    eos = model.tokenizer.eos_id
     engine = make_engine(model.params, model.cfg)
     texts = generate_texts(
-        engine, prompts, max_new_tokens, temperatures, batch, () if eos is None else (eos,),
+        engine, prompts, max_new_tokens, temperatures, batch, model.tokenizer.end_ids,
         on_progress,
     )  # fmt: skip
     write_hidden(folder, model.params, model.cfg, texts, batch)

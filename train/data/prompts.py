@@ -70,7 +70,9 @@ def _read(
 ) -> Iterator[list[int]]:
     path, _, field = source.rpartition(":")
     if path.endswith((".jsonl", ".jsonl.gz")):
-        return _lines(pathlib.Path(path), field, split, tokenizer, length, rng, chat)
+        return _short_prompts(
+            _lines(pathlib.Path(path), field, split), tokenizer, length, rng, chat
+        )
     if source.endswith((".jsonl", ".jsonl.gz")) and not source.startswith("text:"):
         raise ValueError(f"which field of {source} holds the prompt? Name it as {source}:FIELD.")
     texts = [document.text for document in load_corpus(source, split)]
@@ -85,9 +87,12 @@ def corpus_pieces(
     Ends after many places in a row with fewer tokens than that until the text's end.
     """
     sizes = np.array([len(text) for text in texts], np.float64)
+    if not sizes.any():
+        return
+    shares = sizes / sizes.sum()
     missed = 0
-    while missed < _TRIES and sizes.sum() > 0:
-        text = texts[int(rng.choice(len(texts), p=sizes / sizes.sum()))]
+    while missed < _TRIES:
+        text = texts[int(rng.choice(len(texts), p=shares))]
         start = int(rng.integers(len(text)))
         # Enough characters for any tokenizer that is not much coarser than words; the last token
         # of a cut text may be a part of one, so one more than asked for must be there.
@@ -100,15 +105,7 @@ def corpus_pieces(
             missed += 1
 
 
-def _lines(
-    path: pathlib.Path,
-    field: str,
-    split: Split,
-    tokenizer: Tokenizer,
-    length: int,
-    rng: np.random.Generator,
-    chat: bool,
-) -> Iterator[list[int]]:
+def _lines(path: pathlib.Path, field: str, split: Split) -> list[str]:
     texts = []
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as lines:
@@ -123,8 +120,14 @@ def _lines(
             text = str(value[0] if isinstance(value, list) else value)
             if _is_test(text) == (split == "test"):
                 texts.append(text)
-    for i in rng.permutation(len(texts)):
-        ids = tokenizer.encode_prompt(texts[i], chat)
+    return texts
+
+
+def _short_prompts(
+    texts: Sequence[str], tokenizer: Tokenizer, length: int, rng: np.random.Generator, chat: bool
+) -> Iterator[list[int]]:
+    for i in rng.permutation(len(texts)).tolist():
+        ids = tokenizer.encode_prompt(texts[int(i)], chat)
         if 0 < len(ids) <= length:
             yield ids
 

@@ -11,6 +11,7 @@ from jaxtyping import Int64, UInt16, UInt32
 from models.tokenizer import Tokenizer
 from train.data.cache import build_folder, cache_root, locked
 from train.data.corpus import Corpus
+from train.run_folder import hash_file
 
 _FILES = ("ids.npy", "offsets.npy")
 _FORMAT = 1
@@ -73,7 +74,7 @@ def _write(folder: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer) -> None:
     digests = {}
     for file, array in zip(_FILES, arrays, strict=True):
         np.save(folder / file, array, allow_pickle=False)
-        digests[file] = _digest(folder / file)
+        digests[file] = hash_file(folder / file)
     (folder / "sha256.json").write_text(json.dumps(digests), encoding="utf-8")
 
 
@@ -81,15 +82,10 @@ def _read(folder: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     damaged = ValueError(f"the cached tokens in {folder} are damaged: delete that folder.")
     try:
         expected = json.loads((folder / "sha256.json").read_text(encoding="utf-8"))
-        intact = all(_digest(folder / file) == expected[file] for file in _FILES)
+        intact = all(hash_file(folder / file) == expected[file] for file in _FILES)
     except (OSError, ValueError, KeyError) as error:
         raise damaged from error
     if not intact:
         raise damaged
     ids, offsets = (np.load(folder / file, mmap_mode="r", allow_pickle=False) for file in _FILES)
     return ids, np.asarray(offsets)
-
-
-def _digest(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,13 +14,17 @@ from models.tokenizer import Tokenizer
 from train.data.prompts import corpus_pieces, load_prompts
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
+def letters() -> tokenizers.Tokenizer:
     """One token per letter: a is 0, b is 1."""
     words = {letter: i for i, letter in enumerate(string.ascii_letters)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    return Tokenizer(backend)
+    return backend
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(letters())
 
 
 def write_lines(path: pathlib.Path, questions: list[str]) -> pathlib.Path:
@@ -64,9 +68,7 @@ def test_sources_take_turns_until_one_is_empty(
 
 
 def test_lines_become_a_users_turn(tmp_path: pathlib.Path) -> None:
-    words = {letter: i for i, letter in enumerate(string.ascii_letters)}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    backend = letters()
     backend.add_special_tokens(["<user>", "<end>"])
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<end>"
     tokenizer = Tokenizer(backend, chat_template=template)
