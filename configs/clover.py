@@ -41,6 +41,7 @@ def get_config() -> Config:
                 "variant": "clover2",
                 "regressive": True,
                 "distill": True,
+                "token_scale": 1.0,
             },
         }
     )

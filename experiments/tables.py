@@ -61,6 +61,63 @@ SPECULATIVE_HEADER = (
 )
 
 
+HEADS = 5
+
+
+def accuracy_row(row: dict[str, Any]) -> tuple[str, ...]:
+    """Cells of the accuracy per head, in percent: the guess is right (is among the best three)."""
+    cells = [label(row)]
+    for i in range(1, HEADS + 1):
+        both = [row["accuracy"].get(f"top{k}/head{i}") for k in (1, 3)]
+        means = [100 * sample["mean"] for sample in both if sample is not None]
+        cells.append("{:.1f} ({:.1f})".format(*means) if len(means) == 2 else "")
+    return tuple(cells)
+
+
+def is_trained(row: dict[str, Any]) -> bool:
+    """Whether the row's drafter has heads of its own, shown once per training."""
+    return bool(row["accuracy"]) and row["method"] != "medusa-63"
+
+
+ACCURACY_HEADER = ("drafter", *(f"head {i}" for i in range(1, HEADS + 1)))
+
+
+RECYCLING = {
+    "recycling": "**Token Recycling**",
+    "accepted": "learning from accepted nodes only",
+    "frozen": "frozen after five prompts",
+    "chain": "chain of 6 in place of the tree",
+    "bigrams": "corpus bigrams, frozen, same tree",
+    "lookup": "prompt lookup, 10 tokens",
+}
+
+
+def recycling_row(row: dict[str, Any]) -> tuple[str, ...]:
+    """Cells of Token Recycling's own experiment."""
+    low, high = (speedup["mean"] for speedup in row["modelled_speedup"])
+    ties = sum(e["near_ties"] for e in row["exactness"])
+    return (
+        RECYCLING[row["method"]],
+        number(row["tokens_per_pass"]),
+        number(row["first"]),
+        number(row["last"]),
+        f"{100 * row['duplicates']['mean']:.0f}%",
+        f"{low:.2f}x to {high:.2f}x",
+        f"{'yes' if is_exact(row) else '**no**'} ({ties} near-ties)",
+    )
+
+
+RECYCLING_HEADER = (
+    "drafter",
+    "tokens per pass",
+    "first five prompts",
+    "last half",
+    "repeated siblings",
+    "modelled speedup, last half",
+    "exact",
+)
+
+
 def base_model_row(row: dict[str, Any]) -> tuple[str, ...]:
     """Cells of the base models' bits per byte."""
     size = row["parameters"]

@@ -40,6 +40,9 @@ class CloverConfig:
         variant: ``clover2``, or ``clover1`` as reconstructed (see :data:`CLOVER1`).
         regressive: carry guessed tokens in the state; False is an ablation.
         distill: learn from the target's hidden states and laws; False: from the text's tokens.
+        token_scale: factor of the token embeddings, 1 in the papers. Another one changes how fast
+            the maps that read them are learnt, not what they can express: rows of the head are
+            small beside hidden states, which takes very many updates to make up for.
     """
 
     num_heads: int = 5
@@ -50,6 +53,7 @@ class CloverConfig:
     variant: str = "clover2"
     regressive: bool = True
     distill: bool = True
+    token_scale: float = 1.0
 
     def __post_init__(self):
         if self.variant not in VARIANTS:
@@ -234,7 +238,7 @@ def augment(
     """
     x = pre_norm
     if params.entry is not None:
-        x = attention_decoder(params.entry, target, x, embeds)
+        x = attention_decoder(params.entry, target, x, cfg.token_scale * embeds)
     block = augment_config(cfg, target)
     out = decoder.forward(params.augment, block, embeds=x, step=step, cache=cache)
     return out.hidden, out.cache
@@ -259,6 +263,7 @@ def head(
         return state, normalize(
             linear(state, _given(params.first)), params.output_norm, target.norm_eps
         )
+    embeds = cfg.token_scale * embeds
     if params.regressive is not None:
         state = attention_decoder(params.regressive, target, state, embeds)
     if cfg.variant == "clover2":

@@ -107,6 +107,29 @@ def test_cosine_weights() -> None:
     assert bool(jnp.all(jnp.isfinite(slope)))
 
 
+def test_the_token_scale_is_a_reparametrisation() -> None:
+    """Heads that read scaled tokens equal heads whose maps of tokens are scaled."""
+    start = random_heads()
+    hidden, embeds = inputs()
+    scaled = dataclasses.replace(CFG, token_scale=8.0)
+
+    def fold(p: clover.AttentionDecoder | None) -> clover.AttentionDecoder:
+        assert p is not None
+        return p.replace(k=Linear(8 * p.k.w, p.k.b), v=Linear(8 * p.v.w, p.v.b))
+
+    assert start.later is not None
+    rows = jnp.arange(2 * TARGET.hidden_size)[:, None] < TARGET.hidden_size
+    folded = start.replace(
+        entry=fold(start.entry),
+        regressive=fold(start.regressive),
+        later=Linear(jnp.where(rows, 1.0, 8.0) * start.later.w, start.later.b),
+    )
+    got = clover.head_hidden(start, scaled, TARGET, hidden, embeds)
+    want = clover.head_hidden(folded, CFG, TARGET, hidden, embeds)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    assert float(jnp.abs(got - clover.head_hidden(start, CFG, TARGET, hidden, embeds)).max()) > 0.1
+
+
 def test_values_scale_with_the_token() -> None:
     p = random_heads().entry
     assert p is not None
