@@ -326,14 +326,14 @@ def define_flags() -> None:
     """The command's flags."""
     define_shared_flags([*UNTRAINED, *TRAINED], "Seeds of heads and prompts.")
     flags.DEFINE_string("folder", "runs/speculative", "Where heads and finished rows are kept.")
-    flags.DEFINE_integer("texts", 2048, "Texts that the model writes for training.")
+    flags.DEFINE_integer("texts", 3072, "Texts that the model writes for training.")
     flags.DEFINE_integer("text_tokens", 192, "Tokens that the model adds to each.")
-    flags.DEFINE_integer("steps", 600, "Updates of the heads.")
-    flags.DEFINE_integer("batch_size", 8, "Rows of 256 positions per update.")
+    flags.DEFINE_integer("steps", 1000, "Updates of the heads.")
+    flags.DEFINE_integer("batch_size", 4, "Rows of 256 positions per update.")
     flags.DEFINE_integer("heldout", 16, "Held-out prompts per seed.")
     flags.DEFINE_integer("new_tokens", 200, "Tokens to generate for each.")
     flags.DEFINE_string("draft_model", "python-1m", "The small draft model.")
-    flags.DEFINE_integer("draft_vocab", None, "Draft only the most frequent tokens.")
+    flags.DEFINE_integer("draft_vocab", 1024, "Draft only so many of the most frequent tokens.")
     flags.DEFINE_bool(
         "medusa_shared_head", False, "Medusa's heads share the frozen head and add a rank-64 map."
     )

@@ -40,9 +40,10 @@ class CloverConfig:
         variant: ``clover2``, or ``clover1`` as reconstructed (see :data:`CLOVER1`).
         regressive: carry guessed tokens in the state; False is an ablation.
         distill: learn from the target's hidden states and laws; False: from the text's tokens.
-        token_scale: factor of the token embeddings, 1 in the papers. Another one changes how fast
-            the maps that read them are learnt, not what they can express: rows of the head are
-            small beside hidden states, which takes very many updates to make up for.
+        token_scale: factor of the token embeddings wherever their size matters (not in the cosine),
+            1 in the papers. Another one changes how fast the maps that read them are learnt, not
+            what they can express: rows of the head are small beside hidden states, which takes
+            very many updates to make up for.
     """
 
     num_heads: int = 5
@@ -208,14 +209,18 @@ def attention_decoder(
     target: decoder.Config,
     x: Float[Array, "*batch width"],
     y: Float[Array, "*batch width"],
+    value_scale: float = 1.0,
 ) -> Float[Array, "*batch width"]:
-    """``x`` plus the values of token embedding ``y``, weighted per head by a cosine."""
+    """``x`` plus the values of token embedding ``y``, weighted per head by a cosine.
+
+    ``value_scale`` multiplies ``y`` for the values.
+    """
 
     def heads(z: Array) -> Array:
         return z.reshape(*z.shape[:-1], target.num_heads, -1)
 
     q = heads(linear(normalize(x, params.norm, target.norm_eps), params.q))
-    k, v = heads(linear(y, params.k)), heads(linear(y, params.v))
+    k, v = heads(linear(y, params.k)), heads(linear(value_scale * y, params.v))
     weight = cosine_weights(q, k, target.norm_eps).astype(x.dtype)
     return x + (weight[..., None] * v).reshape(x.shape)
 
@@ -238,7 +243,7 @@ def augment(
     """
     x = pre_norm
     if params.entry is not None:
-        x = attention_decoder(params.entry, target, x, cfg.token_scale * embeds)
+        x = attention_decoder(params.entry, target, x, embeds, cfg.token_scale)
     block = augment_config(cfg, target)
     out = decoder.forward(params.augment, block, embeds=x, step=step, cache=cache)
     return out.hidden, out.cache
@@ -263,9 +268,9 @@ def head(
         return state, normalize(
             linear(state, _given(params.first)), params.output_norm, target.norm_eps
         )
-    embeds = cfg.token_scale * embeds
     if params.regressive is not None:
-        state = attention_decoder(params.regressive, target, state, embeds)
+        state = attention_decoder(params.regressive, target, state, embeds, cfg.token_scale)
+    embeds = cfg.token_scale * embeds
     if cfg.variant == "clover2":
         out = linear(jnp.concatenate([state, embeds], axis=-1), _given(params.later))
     else:
@@ -282,19 +287,20 @@ def head_hidden(
     embeds: Float[Array, "b t width"],
     step: Step | None = None,
 ) -> Float[Array, "heads b t width"]:
-    """Teacher-forced outputs of all heads, recomputed in the backward pass.
+    """Teacher-forced outputs of all heads; only products are kept for the backward pass.
 
     ``embeds[:, s]`` belongs to the token after position s; head i (from 0) reads those of
     ``s .. s + i``, so its last i positions are meaningless.
     """
     state, _ = augment(params, cfg, target, pre_norm, embeds, step)
     outputs = []
+    products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     for level in range(1, cfg.num_heads + 1):
 
         def one(params: Params, state: Array, embeds: Array, level: int = level) -> Any:
             return head(params, cfg, target, state, embeds, level)
 
-        state, out = jax.checkpoint(one)(params, state, embeds)
+        state, out = jax.checkpoint(one, policy=products)(params, state, embeds)
         outputs.append(out)
         embeds = jnp.pad(embeds[:, 1:], ((0, 0), (0, 1), (0, 0)))
     return jnp.stack(outputs)

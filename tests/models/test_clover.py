@@ -115,7 +115,7 @@ def test_the_token_scale_is_a_reparametrisation() -> None:
 
     def fold(p: clover.AttentionDecoder | None) -> clover.AttentionDecoder:
         assert p is not None
-        return p.replace(k=Linear(8 * p.k.w, p.k.b), v=Linear(8 * p.v.w, p.v.b))
+        return p.replace(v=Linear(8 * p.v.w, p.v.b))
 
     assert start.later is not None
     rows = jnp.arange(2 * TARGET.hidden_size)[:, None] < TARGET.hidden_size
