@@ -35,7 +35,7 @@ SETTINGS: dict[str, Any] = {
     "new_tokens": 128,
     "draft_model": "python-1m",
     "draft_vocab": 1024,  # a quarter of the head: drafts and their training cost that much less
-    "medusa_shared_head": False,
+    "variant": "",
     "speed_prompts": 1,
 }
 

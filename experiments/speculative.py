@@ -12,7 +12,7 @@ and finished rows are kept in the folder.
 """
 
 import dataclasses
-import importlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 
+from configs.defaults import Config
 from experiments import measure, record, statements
 from experiments.settings import define_shared_flags, from_flags
 from experiments.tables import is_exact
@@ -40,16 +41,16 @@ from train.data.prompts import load_prompts
 from train.loop import train
 
 TRAINED = {
-    "medusa": ("configs.medusa", {}),
-    "medusa-63": ("configs.medusa", {}),
-    "clover": ("configs.clover", {}),
-    "clover-no-regression": ("configs.clover", {"regressive": False}),
-    "clover-no-augment": ("configs.clover", {"num_layers": 0}),
-    "clover-no-distill": ("configs.clover", {"distill": False}),
-    "clover1": ("configs.clover1", {}),
-    "eagle-like": ("configs.eagle", {}),
+    "medusa": ("medusa", {}),
+    "medusa-63": ("medusa", {}),
+    "clover": ("clover", {}),
+    "clover-no-regression": ("clover", {"regressive": False}),
+    "clover-no-augment": ("clover", {"num_layers": 0}),
+    "clover-no-distill": ("clover", {"distill": False}),
+    "clover1": ("clover1", {}),
+    "eagle-like": ("eagle", {}),
 }
-"""Method name to its config and the changes of its heads.
+"""Method name to the name of its config and the changes of its heads.
 
 All drafters use the same static tree of 25 nodes, as far as their heads reach, except
 ``medusa-63``, which has Medusa's own.
@@ -77,7 +78,7 @@ class Settings:
     new_tokens: int
     draft_model: str
     draft_vocab: int | None
-    medusa_shared_head: bool
+    variant: str
     speed_prompts: int
 
 
@@ -113,14 +114,28 @@ def heldout_prompts(settings: Settings, model: Model, seed: int) -> list[list[in
     )
 
 
+def head_config(method: str, variant: str) -> Config:
+    """A method's config with the changes of its ablation.
+
+    Raises:
+        ValueError: there is no config of that variant.
+    """
+    name, changes = TRAINED[method]
+    name = f"{name}_{variant}" if variant else name
+    if importlib.util.find_spec(f"configs.{name}") is None:
+        raise ValueError(f"there is no configs/{name}.py: leave out {method} or --variant.")
+    config = importlib.import_module(f"configs.{name}").get_config()
+    config.task.heads.update(changes)
+    return config
+
+
 def train_heads(settings: Settings, method: str, seed: int, hidden: pathlib.Path) -> dict[str, Any]:
     """Train one method's heads with one seed and save them; returns the evaluation."""
     out = _heads_folder(settings, method, seed)
     done = out / "evaluation.json"
     if done.exists():
         return json.loads(done.read_text())
-    module, changes = TRAINED[method]
-    config = importlib.import_module(module).get_config()
+    config = head_config(method, settings.variant)
     config.seed = seed
     config.steps = settings.steps
     config.batch_size = settings.batch_size
@@ -129,8 +144,6 @@ def train_heads(settings: Settings, method: str, seed: int, hidden: pathlib.Path
     config.task.draft_vocab = settings.draft_vocab
     if method.startswith("medusa"):
         config.task.heads.draft_vocab = settings.draft_vocab
-        config.task.heads.shared_head = settings.medusa_shared_head
-    config.task.heads.update(changes)
     config.optimizer.warmup_steps = max(1, settings.steps // 10)
     config.log_every = max(1, settings.steps // 20)
     config.evaluate_every = 0
@@ -151,7 +164,7 @@ def drafter_name(settings: Settings, method: str, seed: int) -> str:
         return f"draft:{settings.draft_model}"
     if method in UNTRAINED:
         return method
-    kind = TRAINED[method][0].rsplit(".", 1)[1].rstrip("1")
+    kind = TRAINED[method][0].rstrip("1")
     return f"{kind}:{_heads_folder(settings, method, seed) / 'heads'}"
 
 
@@ -230,12 +243,15 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     """All methods and seeds; finished ones are read from the folder.
 
     Raises:
-        ValueError: see :func:`open_folder`.
+        ValueError: see :func:`open_folder` and :func:`head_config`.
     """
+    trained = [method for method in settings.methods if method in TRAINED]
+    for method in trained:
+        head_config(method, settings.variant)  # what is missing is said before the long work
     logging.set_verbosity(logging.WARNING)  # the data and checkpoint libraries tell every step
     model = load(settings.model)
     folder = open_folder(settings, model)
-    hidden = collect_hidden(settings, model) if set(settings.methods) & set(TRAINED) else None
+    hidden = collect_hidden(settings, model) if trained else None
     rows: dict[str, dict[int, Any]] = {}
     for seed in settings.seeds:
         kept = {method: folder / f"{method}-{seed}.json" for method in settings.methods}
@@ -245,7 +261,7 @@ def run(settings: Settings) -> list[dict[str, Any]]:
             print(f"{method}, seed {seed}", flush=True)
             evaluation = (
                 train_heads(settings, method, seed, hidden)
-                if hidden is not None and method in TRAINED
+                if hidden is not None and method in trained
                 else {}
             )
             result = measure_method(settings, model, method, seed, evaluation, prompts)
@@ -334,8 +350,8 @@ def define_flags() -> None:
     flags.DEFINE_integer("new_tokens", 200, "Tokens to generate for each.")
     flags.DEFINE_string("draft_model", "python-1m", "The small draft model.")
     flags.DEFINE_integer("draft_vocab", 1024, "Draft only so many of the most frequent tokens.")
-    flags.DEFINE_bool(
-        "medusa_shared_head", False, "Medusa's heads share the frozen head and add a rank-64 map."
+    flags.DEFINE_string(
+        "variant", "", "Ending of the heads' configs: smollm2 takes configs/clover_smollm2.py."
     )
     flags.DEFINE_integer("speed_prompts", 3, "Prompts that are timed at batch 1.")
 

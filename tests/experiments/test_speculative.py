@@ -35,7 +35,7 @@ def settings(place: pathlib.Path, **changes: Any) -> speculative.Settings:
         "new_tokens": 24,
         "draft_model": "",
         "draft_vocab": None,
-        "medusa_shared_head": False,
+        "variant": "",
         "speed_prompts": 1,
     }
     return speculative.Settings(**values | changes)
@@ -84,6 +84,14 @@ def test_a_folder_keeps_to_its_settings(
     other = dataclasses.replace(model, params=jax.tree.map(lambda x: x + 1e-3, model.params))
     with pytest.raises(ValueError, match=r"\(weights\)"):
         speculative.open_folder(begun, other)
+
+
+def test_heads_take_the_config_of_their_variant(folder: pathlib.Path) -> None:
+    assert not speculative.head_config("clover-no-distill", "").task.heads.distill
+    shared = speculative.head_config("medusa", "smollm2").task
+    assert shared.heads.shared_head and shared.target == "smollm2-135m"
+    with pytest.raises(ValueError, match=r"no configs/eagle_smollm2\.py: leave out eagle-like"):
+        speculative.run(settings(folder, methods=("none", "eagle-like"), variant="smollm2"))
 
 
 def test_prompts_of_seeds_differ_and_repeat(folder: pathlib.Path, model: Model) -> None:
