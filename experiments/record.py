@@ -9,9 +9,9 @@ import dataclasses
 import json
 import math
 import platform
+import shlex
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from importlib import metadata
@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from train.run_folder import cores, processor, write_text
+from train.run_folder import command_line, cores, processor, write_text
 
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
@@ -119,7 +119,7 @@ def save(
         "schema": SCHEMA,
         "experiment": name,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
+        "command": shlex.join(command_line()),
         "host": host(),
         "versions": {p: metadata.version(p) for p in PACKAGES},
         **commit(),
@@ -134,11 +134,6 @@ def save(
     path = folder / f"{name}.json"
     write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
     return path
-
-
-def _module() -> str:
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
 
 
 def load(name: str, folder: Path | None = None) -> dict[str, Any]:

@@ -149,7 +149,12 @@ def train_heads(settings: Settings, method: str, seed: int, hidden: pathlib.Path
     config.evaluate_every = 0
     config.checkpoint_every = max(1, settings.steps // 4)
     built = build(TrainConfig, config.to_dict())
-    result = train(built, out / "run", make_mesh({}, jax.devices()[:1]))
+    mesh = make_mesh({}, jax.devices()[:1])
+    run_folder.open_folder(out / "run")
+    run_folder.describe_run(
+        out / "run", config.to_dict(), run_folder.command_line(), dict(mesh.shape)
+    )
+    result = train(built, out / "run", mesh)
     if result.stopped:
         raise SystemExit("stopped by a signal: the same command goes on from here.")
     task = build_task(built)

@@ -49,7 +49,7 @@ def _launch(values, workdir: pathlib.Path, mesh_text: str, profile_steps: int) -
     mesh = make_mesh(mesh_text)
     open_folder(workdir)
     if jax.process_index() == 0:
-        describe_run(workdir, values.to_dict(), command_line(sys.argv), mesh.shape)
+        describe_run(workdir, values.to_dict(), command_line(), mesh.shape)
     result = train(config, workdir, mesh, profile_steps=profile_steps)
     if jax.process_index() == 0:
         step = int(result.state.step)

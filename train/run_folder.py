@@ -7,6 +7,7 @@ import pathlib
 import platform
 import shlex
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
@@ -97,9 +98,11 @@ def write_text(path: pathlib.Path, text: str) -> None:
         os.replace(temporary, path)
 
 
-def command_line(argv: Sequence[str]) -> list[str]:
+def command_line() -> list[str]:
     """The words that repeat this launch from the repository root."""
-    return ["python", "-m", "train", *argv[1:]]
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = spec.name.removesuffix(".__main__") if spec else pathlib.Path(sys.argv[0]).stem
+    return ["python", "-m", name, *sys.argv[1:]]
 
 
 def hash_tree(tree: Any) -> str:

@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +29,10 @@ def test_the_hash_sees_names_types_shapes_and_values():
 def test_the_folder_says_how_to_repeat_the_run(tmp_path: pathlib.Path, monkeypatch):
     states = iter([("c" * 40, "a change"), ("d" * 40, "")])
     monkeypatch.setattr(run_folder, "_git", lambda: next(states))
-    argv = command_line(["__main__.py", "--config=c.py", "--config.x=a b"])
+    main = types.SimpleNamespace(__spec__=types.SimpleNamespace(name="train.__main__"))
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(sys, "argv", ["__main__.py", "--config=c.py", "--config.x=a b"])
+    argv = command_line()
     describe_run(tmp_path, {"seed": 1}, argv, {"data": 1})
     describe_run(tmp_path, {"seed": 1}, argv, {"data": 1})
     run = json.loads((tmp_path / "run.json").read_text())
