@@ -12,16 +12,19 @@ from configs.defaults import Config
 
 
 def get_config() -> Config:
-    """About 300,000 tokens of the target's own text, seen a few times."""
+    """About 300,000 tokens of the target's own text, seen about twice.
+
+    The learning rate is that of width 256 divided by the ratio of widths; it was not swept.
+    """
     config = clover.get_config()
     config.task.target = "smollm2-135m"
     config.task.hidden = "runs/hidden/smollm2"
     config.task.draft_vocab = 8192
     config.task.heads.num_layers = 1
-    config.steps = 800
-    config.batch_size = 8
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.warmup_steps = 50
-    config.evaluate_every = 400
+    config.steps = 600
+    config.batch_size = 4
+    config.optimizer.learning_rate = 2.7e-3
+    config.optimizer.warmup_steps = 60
+    config.evaluate_every = 300
     config.checkpoint_every = 100
     return config

@@ -12,12 +12,16 @@ from configs.defaults import Config
 
 
 def get_config() -> Config:
-    """The data and number of updates of Clover-2 on the same target."""
+    """The data and number of updates of Clover-2 on the same target.
+
+    The learning rate is that of width 256 divided by the ratio of widths; it was not swept.
+    """
     config, like = medusa.get_config(), clover_smollm2.get_config()
     for name in ("target", "hidden", "draft_vocab"):
         config.task[name] = like.task[name]
     config.task.heads.shared_head = True
     for name in ("steps", "batch_size", "evaluate_every", "checkpoint_every"):
         config[name] = like[name]
+    config.optimizer.learning_rate = 1.3e-3
     config.optimizer.warmup_steps = config.steps // 10
     return config

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import safetensors
 
+from experiments import measure
+from inference.drafter import NoDrafter
+from inference.drafters.registry import make_drafter
 from models import decoder
 from models.load import ASSETS, load, shipped
 from models.params import count
@@ -67,5 +70,35 @@ def test_the_draft_model_fits_the_base_model() -> None:
     assert sizes[0] >= 5e6 and sizes[1] < 0.25 * sizes[0]
 
 
+DRAFTERS = sorted(
+    path.parent.name for path in ASSETS.glob("*/config.json") if path.parent.name not in shipped()
+)
+"""Heads of ``python-5m``; each folder's name ends in the drafter's kind."""
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_drafters_are_complete_small_and_draft(name: str) -> None:
+    """Greedy text is that of plain decoding, in clearly fewer passes."""
+    folder = ASSETS / name
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "README.md",
+    }
+    assert sum(path.stat().st_size for path in folder.iterdir()) < LIMIT
+    card = (folder / "README.md").read_text()
+    for fact in ("| command |", "| seed |", "| time |", "| commit |", "| top1/head1 |"):
+        assert fact in card, fact
+    target, _, kind = name.rpartition("-")
+    model = load(target)
+    drafter, params = make_drafter(f"{kind}:{name}", model)
+    prompts = [model.tokenizer.encode(TEXT)]
+    out = measure.generate(model, drafter, params, prompts, 64, 0.0, 0)
+    plain = measure.generate(model, NoDrafter(drafter.width), None, prompts, 64, 0.0, 0)
+    assert out.tokens == plain.tokens
+    assert out.tokens_per_pass > 1.3
+
+
 def test_only_checkpoints_lie_there() -> None:
-    assert {p.name for p in pathlib.Path(ASSETS).iterdir() if p.is_dir()} == set(shipped())
+    folders = {p.name for p in pathlib.Path(ASSETS).iterdir() if p.is_dir()}
+    assert folders == {*shipped(), *DRAFTERS}
