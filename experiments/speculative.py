@@ -12,11 +12,12 @@ and finished rows are kept in the folder.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -178,6 +179,19 @@ def _heads_folder(settings: Settings, method: str, seed: int) -> pathlib.Path:
     return pathlib.Path(settings.folder) / f"{method.removesuffix('-63')}-{seed}"
 
 
+def plain_texts(
+    settings: Settings, model: Model, prompts: Sequence[Sequence[int]], seed: int
+) -> Callable[[int], list[list[int]]]:
+    """A function from a width to what plain decoding of the prompts gives there, made once each."""
+
+    @functools.cache
+    def texts(width: int) -> list[list[int]]:
+        drafter, new = NoDrafter(width), settings.new_tokens
+        return measure.generate(model, drafter, None, prompts, new, 0.0, seed).tokens
+
+    return texts
+
+
 def measure_method(
     settings: Settings,
     model: Model,
@@ -185,8 +199,12 @@ def measure_method(
     seed: int,
     evaluation: dict[str, Any],
     prompts: Sequence[Sequence[int]],
+    plain: Callable[[int], Sequence[Sequence[int]]],
 ) -> dict[str, Any]:
-    """Everything measured about one method with one seed."""
+    """Everything measured about one method with one seed.
+
+    ``plain`` is that of :func:`plain_texts`.
+    """
     drafter, params = make_drafter(drafter_name(settings, method, seed), model)
     if method == "medusa" and isinstance(drafter, MedusaDrafter):
         paths = (p for p in EAGLE_25.paths if len(p) <= drafter.cfg.num_heads)
@@ -197,26 +215,27 @@ def measure_method(
         "load_average": list(os.getloadavg()),
     }
     for temperature in (0.0, 1.0):
+        at = f"@{temperature:g}"
         out = measure.generate(
             model, drafter, params, prompts, settings.new_tokens, temperature, seed
         )
         stats = out.stats
-        row[f"tokens_per_pass@{temperature:g}"] = out.tokens_per_pass
-        row[f"drafted_per_emitted@{temperature:g}"] = float(
-            stats.drafted.sum() / max(1, stats.emitted.sum())
+        row["tokens_per_pass" + at] = out.tokens_per_pass
+        row["drafted_per_emitted" + at] = float(stats.drafted.sum() / max(1, stats.emitted.sum()))
+        row["by_depth" + at] = (stats.by_depth.sum(0) / stats.rounds.sum()).tolist()
+        row["tokens_per_second" + at] = measure.speed(
+            model,
+            drafter,
+            params,
+            prompts[: settings.speed_prompts],
+            settings.new_tokens,
+            temperature,
         )
-        row[f"by_depth@{temperature:g}"] = (stats.by_depth.sum(0) / stats.rounds.sum()).tolist()
         if temperature == 0:
-            same = measure.generate(
-                model, NoDrafter(drafter.width), None, prompts, settings.new_tokens, 0.0, seed
-            )
             row["exactness"] = dataclasses.asdict(
-                measure.exactness(model, prompts, out.tokens, same.tokens)
+                measure.exactness(model, prompts, out.tokens, plain(drafter.width))
             )
     row["draft_cost"] = measure.draft_cost(model, drafter, params, prompts[0])
-    row["tokens_per_second"] = measure.speed(
-        model, drafter, params, prompts[: settings.speed_prompts], settings.new_tokens, 0.0
-    )
     return row
 
 
@@ -262,6 +281,7 @@ def run(settings: Settings) -> list[dict[str, Any]]:
         kept = {method: folder / f"{method}-{seed}.json" for method in settings.methods}
         missing = [method for method, path in kept.items() if not path.exists()]
         prompts = heldout_prompts(settings, model, seed) if missing else []
+        plain = plain_texts(settings, model, prompts, seed)
         for method in missing:
             print(f"{method}, seed {seed}", flush=True)
             evaluation = (
@@ -269,7 +289,7 @@ def run(settings: Settings) -> list[dict[str, Any]]:
                 if hidden is not None and method in trained
                 else {}
             )
-            result = measure_method(settings, model, method, seed, evaluation, prompts)
+            result = measure_method(settings, model, method, seed, evaluation, prompts, plain)
             run_folder.write_json(kept[method], result)
         for method, path in kept.items():
             rows.setdefault(method, {})[seed] = json.loads(path.read_text())
@@ -286,18 +306,20 @@ def summarise(
         "shared_head": runs[0]["shared_head"],
         "load_average": [r["load_average"] for r in runs],
     }
-    for name in (*(f"{n}@{t}" for n in ("tokens_per_pass", "drafted_per_emitted") for t in "01"),
-                 "draft_cost", "tokens_per_second"):  # fmt: skip
-        row[name] = record.sample([r[name] for r in runs])
-    row["modelled_speedup"] = record.sample(
-        [r["tokens_per_pass@0"] / (1 + r["draft_cost"]) for r in runs]
-    )
-    if plain is not None:
-        row["measured_speedup"] = record.sample(
-            [r["tokens_per_second"] / plain[s]["tokens_per_second"] for s, r in by_seed.items()]
+    row["draft_cost"] = record.sample([r["draft_cost"] for r in runs])
+    for at in ("@0", "@1"):
+        for name in ("tokens_per_pass", "drafted_per_emitted", "tokens_per_second"):
+            row[name + at] = record.sample([r[name + at] for r in runs])
+        row["modelled_speedup" + at] = record.sample(
+            [r["tokens_per_pass" + at] / (1 + r["draft_cost"]) for r in runs]
         )
-    for name in ("by_depth@0", "by_depth@1"):
-        row[name] = [record.sample(x) for x in zip(*(r[name] for r in runs), strict=True)]
+        if plain is not None:
+            name = "tokens_per_second" + at
+            row["measured_speedup" + at] = record.sample(
+                [r[name] / plain[seed][name] for seed, r in by_seed.items()]
+            )
+        depths = zip(*(r["by_depth" + at] for r in runs), strict=True)
+        row["by_depth" + at] = [record.sample(x) for x in depths]
     row["accuracy"] = {
         key: record.sample([r["evaluation"][key] for r in runs]) for key in runs[0]["evaluation"]
     }
@@ -308,15 +330,20 @@ def summarise(
 def show(rows: Sequence[dict[str, Any]]) -> str:
     """The result as a plain table."""
     lines = [
-        f"{'method':22} {'tokens/pass':>12} {'at T=1':>8} {'draft cost':>10} "
-        f"{'modelled':>9} {'measured':>9}  exact"
+        f"{'':22} {'tokens per pass':^15} {'draft':>6} {'modelled':^15} {'measured':^15}\n"
+        f"{'method':22} {'T = 0':>7} {'T = 1':>7} {'cost':>6} {'T = 0':>7} {'T = 1':>7} "
+        f"{'T = 0':>7} {'T = 1':>7}  exact"
     ]
     for r in rows:
-        measured = f"{r['measured_speedup']['mean']:8.2f}x" if "measured_speedup" in r else " " * 9
+
+        def pair(name: str, unit: str, r: Any = r) -> str:
+            values = [r[f"{name}@{t}"]["mean"] if f"{name}@{t}" in r else None for t in "01"]
+            return " ".join(f"{'':7}" if v is None else f"{v:6.2f}{unit}" for v in values)
+
         lines.append(
-            f"{r['method']:22} {r['tokens_per_pass@0']['mean']:12.2f} "
-            f"{r['tokens_per_pass@1']['mean']:8.2f} {r['draft_cost']['mean']:10.3f} "
-            f"{r['modelled_speedup']['mean']:8.2f}x {measured}  {'yes' if is_exact(r) else 'NO'}"
+            f"{r['method']:22} {pair('tokens_per_pass', ' ')} {r['draft_cost']['mean']:6.3f} "
+            f"{pair('modelled_speedup', 'x')} {pair('measured_speedup', 'x')}  "
+            f"{'yes' if is_exact(r) else 'NO'}"
         )
     return "\n".join(lines)
 

@@ -18,8 +18,9 @@ def speculative_result() -> list[dict]:
         "by_depth@1": [record.sample([0.5]), record.sample([0.25])],
         "exactness": [{**exact, "same_width_mismatches": 0}],
     }
-    names = ("tokens_per_pass@0", "tokens_per_pass@1", "draft_cost", "modelled_speedup")
-    return [{**row, **{n: record.sample([1.5, 2.5]) for n in (*names, "measured_speedup")}}]
+    names = ("tokens_per_pass", "modelled_speedup", "measured_speedup")
+    names = ("draft_cost", *(f"{name}@{t}" for name in names for t in "01"))
+    return [{**row, **{name: record.sample([1.5, 2.5]) for name in names}}]
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def scratch(tmp_path, monkeypatch):
 
 def table() -> report.Table:
     """A table of one column pair over the trial result."""
-    return report.Table("t", "page.md", "trial", ("drafter",) * 7, speculative_row)
+    return report.Table("t", "page.md", "trial", ("drafter",) * 9, speculative_row)
 
 
 def test_an_update_makes_everything_current(scratch):
