@@ -1,7 +1,7 @@
 r"""Clover-2 heads for SmolLM2-135M-Instruct, drafting over its 8,192 most frequent tokens.
 
     python -m train.data.collect --target=smollm2-135m --chat --prompts=FILE.jsonl:FIELD,... \
-        --count=1500 --prompt_tokens=160 --max_new_tokens=128 --out=runs/hidden/smollm2
+        --count=600 --prompt_tokens=128 --max_new_tokens=192 --batch=32 --out=runs/hidden/smollm2
     python -m train --config=configs/clover_smollm2.py --workdir=runs/clover_smollm2
 
 The loss, too, is over the draft vocabulary alone.

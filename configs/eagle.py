@@ -3,6 +3,8 @@
 Hidden states as for `configs/clover.py`, then:
 
     python -m train --config=configs/eagle.py --workdir=runs/eagle
+
+Minutes on one core of 2: 3. Expected: `top1/head1` 0.48, `top1/head2` 0.45.
 """
 
 import ml_collections

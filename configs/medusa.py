@@ -3,10 +3,11 @@
 Hidden states as for `configs/clover.py`, then:
 
     python -m train --config=configs/medusa.py --workdir=runs/medusa
+
+Minutes on one core of 2: 3. Expected: `top1/head1` 0.23, `top1/head2` 0.15.
 """
 
 import ml_collections
-from ml_collections import config_dict
 
 from configs import clover
 from configs.defaults import Config
@@ -26,7 +27,7 @@ def get_config() -> Config:
             "num_heads": 4,
             "shared_head": False,
             "rank": 64,
-            "draft_vocab": config_dict.placeholder(int),
+            "draft_vocab": config.task.get_ref("draft_vocab"),
             "decay": 0.8,
         }
     )

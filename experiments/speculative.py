@@ -143,8 +143,6 @@ def train_heads(settings: Settings, method: str, seed: int, hidden: pathlib.Path
     config.task.target = settings.model
     config.task.hidden = str(hidden)
     config.task.draft_vocab = settings.draft_vocab
-    if method.startswith("medusa"):
-        config.task.heads.draft_vocab = settings.draft_vocab
     config.optimizer.warmup_steps = max(1, settings.steps // 10)
     config.log_every = max(1, settings.steps // 20)
     config.evaluate_every = 0
