@@ -88,5 +88,7 @@ def save(figure: Figure, result: dict[str, Any], path: Path, source: str) -> Non
         plt.close(canvas)
 
 
-FIGURES: tuple[Figure, ...] = (Figure("experiments/results/demo.svg", "demo", tokens_per_pass),)
+FIGURES: tuple[Figure, ...] = (
+    Figure("experiments/results/speculative.svg", "speculative_python_5m", tokens_per_pass),
+)
 """Every committed figure."""

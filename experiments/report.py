@@ -83,8 +83,8 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: dict[str, Any], digits: int = 2) -> str:
-    """``mean ± spread`` of a sample, or the mean alone if there is only one."""
-    if len(value["samples"]) == 1:
+    """``mean ± spread`` of a sample, or the mean alone if all are the same."""
+    if value["spread"] == 0:
         return f"{value['mean']:.{digits}f}"
     return f"{value['mean']:.{digits}f} ± {value['spread']:.{digits}f}"
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from experiments.methods import MethodTable
-from experiments.report import Rendered, Table, number
+from experiments.report import Rendered, Statements, Table, number
 
 METHODS = {
     "none": "plain decoding",
@@ -174,8 +174,17 @@ TRAIN_HEADER = (
     "ratio of the best",
 )
 
+CLOVER = "research/speculative/clover/README.md"
+RECYCLING_PAGE = "research/speculative/token_recycling/README.md"
+
 TABLES: tuple[Rendered, ...] = (
     MethodTable("methods", "WORKSPACE.md"),
+    Table("speculative", "README.md", "speculative_python_5m", SPECULATIVE_HEADER, speculative_row),
+    Table("speculative", CLOVER, "speculative_python_5m", SPECULATIVE_HEADER, speculative_row),
+    Table("accuracy", CLOVER, "speculative_python_5m", ACCURACY_HEADER, accuracy_row, is_trained),
+    Statements("statements", CLOVER, "speculative_python_5m"),
+    Table("recycling", RECYCLING_PAGE, "recycling_python_5m", RECYCLING_HEADER, recycling_row),
+    Statements("statements", RECYCLING_PAGE, "recycling_python_5m"),
     Table("base_model", "README.md", "base_model", BASE_MODEL_HEADER, base_model_row),
     Table(
         "base_model", "assets/python-5m/README.md", "base_model", BASE_MODEL_HEADER, base_model_row
