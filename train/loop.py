@@ -45,6 +45,7 @@ class _Run:
     state: TrainState
     rest: Any
     data: grain.DatasetIterator | None
+    resident: Any  # what the task keeps on the devices
     step: Any  # the compiled step
     checkpoints: Checkpoints
     record: dict[str, Any]
@@ -119,13 +120,15 @@ def _set_up(context: Context, checkpoints: Checkpoints) -> _Run:
                 "pretrained files or choose a new --workdir."
             )
         state = checkpoints.restore(latest, abstract, data)
+    resident = task.resident(context) if dataset is None else None
     return _Run(
         context=context,
         task=task,
         state=state,
         rest=rest,
         data=data,
-        step=_compile(context, task, optimizer, abstract, rest, dataset),
+        resident=resident,
+        step=_compile(context, task, optimizer, abstract, rest, dataset, resident),
         checkpoints=checkpoints,
         record=record,
         window=Window(None if saved is None else saved["window"]),
@@ -140,6 +143,7 @@ def _compile(
     abstract: TrainState,
     rest: Any,
     dataset: grain.IterDataset | None,
+    resident: Any,
 ) -> Any:
     """The donated step, compiled ahead of time for the shapes of the first batch."""
     config = context.config
@@ -159,7 +163,7 @@ def _compile(
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda s: s.sharding, abstract), None),
     )
-    return step.lower(abstract, rest, batches).compile()
+    return step.lower(abstract, rest, batches, resident).compile()
 
 
 class _Loop:
@@ -185,7 +189,8 @@ class _Loop:
         try:
             while step < config.steps and not stopped:
                 self._trace(step)
-                run.state, metrics = run.step(run.state, run.rest, self._next_batches())
+                batches = self._next_batches()
+                run.state, metrics = run.step(run.state, run.rest, batches, run.resident)
                 run.window.add(metrics)
                 step += config.steps_per_call
                 if step % config.log_every == 0 or step == config.steps:

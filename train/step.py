@@ -20,24 +20,29 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 def make_step(
     task: Task, config: TrainConfig, optimizer: optax.GradientTransformation, context: Context
-) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Array]]]:
-    """``step(state, rest, batches) -> (state, metrics)`` for ``steps_per_call`` updates.
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """``step(state, rest, batches, resident) -> (state, metrics)`` for ``steps_per_call`` updates.
 
-    ``batches`` are stacked along a first axis, or None if the task makes them on the device.
+    ``batches`` are stacked along a first axis, or None if the task makes them on the device, from
+    the arrays ``resident`` (None: from nothing).
     Metrics are stacked likewise. Random keys depend on the seed and the number of the update only.
     """
     root = jax.random.key(config.seed)
 
-    def one(state: TrainState, batch: Any, rest: Any) -> tuple[TrainState, dict[str, Array]]:
+    def one(
+        state: TrainState, batch: Any, rest: Any, resident: Any
+    ) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(root, state.step)
         if batch is None:
-            batch = task.generate(jax.random.fold_in(key, 0), config.batch_size)
+            batch = task.generate(jax.random.fold_in(key, 0), config.batch_size, resident)
         grads, metrics = _gradients(task, config, context, state.trained, rest, batch, key)
         return _update(config, optimizer, state, grads, metrics)
 
-    def step(state: TrainState, rest: Any, batches: Any) -> tuple[TrainState, dict[str, Array]]:
+    def step(
+        state: TrainState, rest: Any, batches: Any, resident: Any = None
+    ) -> tuple[TrainState, dict[str, Array]]:
         return jax.lax.scan(
-            lambda s, b: one(s, b, rest),
+            lambda s, b: one(s, b, rest, resident),
             state,
             batches,
             length=config.steps_per_call,

@@ -77,8 +77,16 @@ class Task(Protocol):
         """Batches of this process's rows, without end; None if :meth:`generate` makes them."""
         ...
 
-    def generate(self, key: jax.Array, rows: int) -> Any:
-        """A batch made on the device, inside the compiled step."""
+    def resident(self, context: Context) -> Any:
+        """Arrays that stay on the devices for the whole run, for :meth:`generate`; None for none.
+
+        A data set that fits there is best kept there: full-batch training, or rows chosen by
+        random numbers, then move nothing from the host.
+        """
+        ...
+
+    def generate(self, key: jax.Array, rows: int, resident: Any) -> Any:
+        """A batch made on the device, inside the compiled step, from what :meth:`resident` gave."""
         ...
 
     def loss(self, params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
@@ -132,7 +140,11 @@ class BaseTask:
         """None: batches come from :meth:`generate`."""
         return None
 
-    def generate(self, key: jax.Array, rows: int) -> Any:
+    def resident(self, context: Context) -> Any:
+        """Nothing."""
+        return None
+
+    def generate(self, key: jax.Array, rows: int, resident: Any) -> Any:
         """An error: the task has neither data nor a generator."""
         raise TypeError(f"{type(self).__name__} must define data() or generate().")
 

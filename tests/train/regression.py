@@ -55,6 +55,7 @@ class Regression(BaseTask):
     width: int = 8
     hidden: int = 16
     on_device: bool = False
+    kept_rows: int = 0  # on the device: choose among so many that stay there; 0: new ones
     freeze: bool = False
     poison: int = 2**31
     delay: float = 0.0
@@ -77,8 +78,16 @@ class Regression(BaseTask):
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         return grain.MapDataset.source(part).batch(rows).to_iter_dataset(options)
 
-    def generate(self, key: jax.Array, rows: int) -> dict[str, Array]:
-        x = jax.random.normal(key, (rows, self.width))
+    def resident(self, context: Context) -> Array | None:
+        if not self.kept_rows:
+            return None
+        return jax.random.normal(jax.random.key(7), (self.kept_rows, self.width))
+
+    def generate(self, key: jax.Array, rows: int, resident: Array | None) -> dict[str, Array]:
+        if resident is None:
+            x = jax.random.normal(key, (rows, self.width))
+        else:
+            x = jnp.take(resident, jax.random.randint(key, (rows,), 0, resident.shape[0]), axis=0)
         return {"x": x, "y": jnp.sin(x.sum(-1)), "mask": jnp.ones(rows)}
 
     def loss(self, params: Network, batch: Any, key: jax.Array) -> tuple[Array, dict[str, Array]]:

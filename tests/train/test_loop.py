@@ -9,6 +9,7 @@ from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from models.sharding import make_mesh
 from tests.train.regression import Regression, make
 from train import loop
-from train.config import TrainConfig
+from train.config import TrainConfig, build_task
 from train.metrics import read_metrics
 
 
@@ -53,11 +54,13 @@ def same(a: Any, b: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize(
+    "source", [{}, {"on_device": True}, {"on_device": True, "kept_rows": 32}], ids=str
+)
 def test_sigterm_saves_and_the_resumed_run_is_the_same_to_the_last_bit(
-    on_device: bool, tmp_path: pathlib.Path
+    source: dict, tmp_path: pathlib.Path
 ):
-    config = make({"on_device": on_device}, ema_decay=0.9, evaluate_every=8)
+    config = make(source, ema_decay=0.9, evaluate_every=8)
     whole = run(tmp_path / "whole", config)
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, 14)  # neither a step of a log line nor of a checkpoint
@@ -71,6 +74,20 @@ def test_sigterm_saves_and_the_resumed_run_is_the_same_to_the_last_bit(
     assert lines(tmp_path / "whole") == lines(tmp_path / "parts")
     logged = [line["step"] for line in lines(tmp_path / "parts") if "loss" in line]
     assert logged == list(range(4, 41, 4))
+
+
+def test_batches_come_from_the_arrays_that_stay_on_the_device(tmp_path: pathlib.Path):
+    """One kept row: every batch repeats it, so the loss is that of the row alone."""
+    source = {"on_device": True, "kept_rows": 1}
+    result = run(tmp_path / "run", make(source, steps=4, log_every=4))
+    task = build_task(make(source))
+    row = task.resident(None)
+    batch = {"x": row, "y": jnp.sin(row.sum(-1)), "mask": jnp.ones(1)}
+    before = lines(tmp_path / "run")[0]["loss"]
+    after = float(task.loss(result.state.trained, batch, jax.random.key(0))[0])
+    assert after < before
+    x = task.generate(jax.random.key(1), 3, row)["x"]
+    np.testing.assert_array_equal(x, jnp.broadcast_to(row, x.shape))
 
 
 def test_lines_after_the_last_checkpoint_are_written_once(tmp_path: pathlib.Path):
