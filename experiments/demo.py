@@ -16,7 +16,8 @@ from typing import Any
 from absl import app, flags
 
 from experiments import figures, record, replay, speculative
-from experiments.tables import is_exact
+from experiments.exactness import is_exact
+from experiments.shown.speculative import tokens_per_pass
 from models import params as model_params
 from models.load import load
 
@@ -69,9 +70,7 @@ def main(_: Sequence[str]) -> None:
     )
     result = record.load("demo", folder)
     picture = folder / "tokens_per_pass.svg"
-    figures.save(
-        figures.Figure(str(picture), "demo", figures.tokens_per_pass), result, picture, "demo"
-    )
+    figures.save(figures.Figure(str(picture), "demo", tokens_per_pass), result, picture, "demo")
     page = replay.write(settings, model, folder / "replay.html")
     print()
     print(speculative.show(rows))

@@ -18,6 +18,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from experiments import measure, record, replay, statements
+from experiments.exactness import EXACT
 from experiments.settings import define_shared_flags, from_flags
 from experiments.statements import Statement, at_least, value
 from inference.drafter import Drafter, NoDrafter, shares_state
@@ -73,6 +74,7 @@ STATEMENTS = (
         ("recycling", "lookup"),
         at_least("recycling", "lookup", "last"),
     ),
+    EXACT,
 )
 
 
@@ -249,7 +251,7 @@ def main(_: Sequence[str]) -> None:
     if "frozen" in settings.methods and settings.methods[0] != "recycling":
         raise app.UsageError("--methods: frozen goes on from recycling, put that first.")
     rows = run(settings)
-    answers = statements.answer(rows, STATEMENTS)
+    answers = statements.answer(rows, STATEMENTS, len(settings.seeds))
     print(show(rows))
     print(statements.show(answers))
     label = f"_{flags.FLAGS.label}" if flags.FLAGS.label else ""

@@ -148,11 +148,11 @@ def update(tables: Sequence[Rendered], drawn: Sequence[figures.Figure]) -> None:
 
 def main(_: list[str]) -> None:
     """Update, or with ``--check`` list what is stale and fail."""
-    from experiments.tables import TABLES
+    from experiments.shown import FIGURES, TABLES
 
     if not flags.FLAGS.check:
-        update(TABLES, figures.FIGURES)
-    if names := stale(TABLES, figures.FIGURES):
+        update(TABLES, FIGURES)
+    if names := stale(TABLES, FIGURES):
         raise SystemExit("out of date: " + "; ".join(names) + ". Run python -m experiments.report.")
 
 

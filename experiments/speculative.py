@@ -7,8 +7,8 @@ Clover-1 as reconstructed, Medusa, a one-layer EAGLE-like drafter), beside what 
 (prompt lookup, Token Recycling) and a small draft model. Measured: tokens per target pass at
 temperatures 0 and 1, accuracy per head, draft cost, modelled and measured speedup, and exactness.
 Every seed trains its own heads and draws its own prompts. What must hold is answered beside
-(:mod:`experiments.statements`). A run that was cut off goes on where it was: hidden states, heads
-and finished rows are kept in the folder.
+(:mod:`experiments.speculative_statements`). A run that was cut off goes on where it was: hidden
+states, heads and finished rows are kept in the folder.
 """
 
 import dataclasses
@@ -26,8 +26,9 @@ from absl import app, flags, logging
 
 from configs.defaults import Config
 from experiments import measure, record, statements
+from experiments.exactness import is_exact
 from experiments.settings import define_shared_flags, from_flags
-from experiments.tables import is_exact
+from experiments.speculative_statements import SPECULATIVE
 from inference.drafter import NoDrafter
 from inference.drafters.medusa import MedusaDrafter
 from inference.drafters.registry import make_drafter
@@ -354,7 +355,7 @@ def main(_: Sequence[str]) -> None:
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
     print(show(rows))
-    answers = statements.answer(rows, statements.SPECULATIVE)
+    answers = statements.answer(rows, SPECULATIVE, len(settings.seeds))
     print(statements.show(answers))
     name = f"speculative_{pathlib.Path(settings.model).name.replace('-', '_')}"
     path = record.save(

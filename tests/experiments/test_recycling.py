@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from experiments import recycling, statements
+from experiments.exactness import is_exact
 from experiments.replay import Pass
-from experiments.tables import is_exact
 from models.load import Model
 
 

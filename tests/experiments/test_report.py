@@ -5,7 +5,8 @@ import json
 import pytest
 
 from experiments import figures, methods, record, report
-from experiments.tables import TABLES, speculative_row
+from experiments.shown import FIGURES, TABLES
+from experiments.shown.speculative import speculative_row, tokens_per_pass
 
 
 def speculative_result() -> list[dict]:
@@ -40,7 +41,7 @@ def table() -> report.Table:
 
 
 def test_an_update_makes_everything_current(scratch):
-    drawn = (figures.Figure("figures/x.svg", "trial", figures.tokens_per_pass),)
+    drawn = (figures.Figure("figures/x.svg", "trial", tokens_per_pass),)
     assert report.stale((table(),), drawn) == ["table t in page.md", "figure figures/x.svg"]
     report.update((table(),), drawn)
     assert report.stale((table(),), drawn) == []
@@ -50,7 +51,7 @@ def test_an_update_makes_everything_current(scratch):
 
 
 def test_a_changed_result_is_noticed(scratch):
-    drawn = (figures.Figure("figures/x.svg", "trial", figures.tokens_per_pass),)
+    drawn = (figures.Figure("figures/x.svg", "trial", tokens_per_pass),)
     report.update((table(),), drawn)
     path = record.RESULTS / "trial.json"
     result = json.loads(path.read_text())
@@ -71,7 +72,7 @@ def test_missing_markers_are_an_error():
 
 
 def test_committed_tables_and_figures_are_current():
-    assert report.stale(TABLES, figures.FIGURES) == []
+    assert report.stale(TABLES, FIGURES) == []
 
 
 def test_statements_are_listed_with_their_answers(scratch):

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from experiments import measure, replay, speculative
-from experiments.statements import SPECULATIVE, answer
-from experiments.tables import is_exact
+from experiments.exactness import is_exact
+from experiments.speculative_statements import SPECULATIVE
+from experiments.statements import answer
 from inference.drafters.registry import make_drafter
 from models.load import Model
 
@@ -54,7 +55,7 @@ def test_the_comparison_runs_and_goes_on_where_it_was(
     assert set(by["clover"]["accuracy"]) == {f"top{k}/head{i}" for k in (1, 3) for i in range(1, 6)}
     assert by["none"]["draft_cost"]["mean"] == 0 < by["clover"]["draft_cost"]["mean"]
     assert by["none"]["measured_speedup@1"]["mean"] == 1
-    holds = {a["statement"]: a["holds"] for a in answer(rows, SPECULATIVE)}
+    holds = {a["statement"]: a["holds"] for a in answer(rows, SPECULATIVE, 2)}
     assert holds["every greedy text is exact"] and holds["regression helps"] is None
     assert "clover" in speculative.show(rows)
 

@@ -1,8 +1,12 @@
-"""Which tables stand where. Each is shown in full: losing rows are not left out."""
+"""What the documents show of lossless speculation."""
 
 from typing import Any
 
-from experiments.methods import MethodTable
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure as Canvas
+
+from experiments.exactness import is_exact
+from experiments.figures import Figure
 from experiments.report import Rendered, Statements, Table, number
 
 METHODS = {
@@ -19,14 +23,6 @@ METHODS = {
     "clover1": "Clover-1 (reconstruction)",
     "eagle-like": "one-layer EAGLE-like",
 }
-
-
-def is_exact(row: dict[str, Any]) -> bool:
-    """Whether no greedy token differs from plain decoding except by near-ties between widths."""
-    return all(
-        e["differing"] == e["near_ties"] and e["same_width_mismatches"] == 0
-        for e in row["exactness"]
-    )
 
 
 def label(row: dict[str, Any]) -> str:
@@ -120,79 +116,76 @@ RECYCLING_HEADER = (
 )
 
 
-def base_model_row(row: dict[str, Any]) -> tuple[str, ...]:
-    """Cells of the base models' bits per byte."""
-    size = row["parameters"]
-    return (
-        row["predictor"],
-        "" if size is None else f"{size / 1e6:.2f}M",
-        number(row["validation"], 3),
-        number(row["test"], 3),
+# Colours tell what needs training from what does not.
+COLOURS = {"plain": "#9aa0a6", "free": "#1a73e8", "trained": "#e8710a"}
+FREE = ("lookup", "recycling", "draft")
+
+
+def _colour(method: str) -> str:
+    if method == "none":
+        return COLOURS["plain"]
+    return COLOURS["free"] if method in FREE else COLOURS["trained"]
+
+
+def tokens_per_pass(result: dict[str, Any]) -> Canvas:
+    """Left: tokens per target pass by method. Right: how deep drafts are accepted."""
+    rows = result["rows"]
+    figure, (bars, curves) = plt.subplots(1, 2, figsize=(10, 0.34 * len(rows) + 1.8))
+    names = [r["method"] for r in rows]
+    for name, colour, offset in (
+        ("tokens_per_pass@0", 1.0, -0.2),
+        ("tokens_per_pass@1", 0.45, 0.2),
+    ):
+        values = [r[name] for r in rows]
+        bars.barh(
+            [i + offset for i in range(len(rows))],
+            [v["mean"] for v in values],
+            xerr=[v["spread"] for v in values],
+            height=0.38,
+            color=[_colour(n) for n in names],
+            alpha=colour,
+            error_kw={"lw": 0.8},
+        )
+    bars.set_yticks(range(len(rows)), names)
+    bars.invert_yaxis()
+    bars.axvline(1.0, color="black", lw=0.8)
+    bars.set_xlabel("tokens per pass of the target (solid: greedy, pale: temperature 1)")
+    for row in rows:
+        depths = row["by_depth@0"]
+        if depths:
+            curves.plot(
+                range(1, len(depths) + 1),
+                [d["mean"] for d in depths],
+                marker="o",
+                ms=3,
+                label=row["method"],
+            )
+    curves.set_xlabel("drafted tokens accepted in a round, at least")
+    curves.set_ylabel("share of rounds (greedy)")
+    curves.set_ylim(0, 1)
+    curves.legend(fontsize=7)
+    for axis in (bars, curves):
+        axis.spines[["top", "right"]].set_visible(False)
+    host = result["host"]
+    figure.suptitle(
+        f"{result['config']['model']}: every text equals plain decoding "
+        f"({host['cores']} cores, {host['platform']})",
+        fontsize=10,
     )
+    figure.tight_layout()
+    return figure
 
-
-BASE_MODEL_HEADER = ("predictor", "parameters", "validation, bits per byte", "test")
-
-
-def decode_row(row: dict[str, Any]) -> tuple[str, ...]:
-    """Cells of the decoding benchmark."""
-    share = row["bandwidth_share"]
-    return (
-        row["model"],
-        row["side"],
-        number(row["tokens_per_second"], 1),
-        f"{row['ours_over_this']:.2f}x",
-        "" if share is None else f"{100 * share:.0f}%",
-    )
-
-
-DECODE_HEADER = (
-    "model",
-    "side",
-    "tokens per second",
-    "longreach over this",
-    "share of memory bandwidth",
-)
-
-
-def train_row(row: dict[str, Any]) -> tuple[str, ...]:
-    """Cells of the training benchmark."""
-    return (
-        f"`{row['config']}`, {row['parameters'] / 1e6:.2f}M parameters",
-        number(row["tokens_per_second"], 0),
-        number(row["step_gflops"], 0),
-        number(row["matmul_gflops"], 0),
-        f"{100 * row['ratio_of_best']:.0f}%",
-    )
-
-
-TRAIN_HEADER = (
-    "config",
-    "tokens per second",
-    "GFLOP/s of the step",
-    "GFLOP/s of a plain product",
-    "ratio of the best",
-)
 
 CLOVER = "research/speculative/clover/README.md"
 RECYCLING_PAGE = "research/speculative/token_recycling/README.md"
 
 TABLES: tuple[Rendered, ...] = (
-    MethodTable("methods", "WORKSPACE.md"),
     Table("speculative", "README.md", "speculative_python_5m", SPECULATIVE_HEADER, speculative_row),
     Table("speculative", CLOVER, "speculative_python_5m", SPECULATIVE_HEADER, speculative_row),
     Table("accuracy", CLOVER, "speculative_python_5m", ACCURACY_HEADER, accuracy_row, is_trained),
     Statements("statements", CLOVER, "speculative_python_5m"),
     Table("recycling", RECYCLING_PAGE, "recycling_python_5m", RECYCLING_HEADER, recycling_row),
     Statements("statements", RECYCLING_PAGE, "recycling_python_5m"),
-    Table("base_model", "README.md", "base_model", BASE_MODEL_HEADER, base_model_row),
-    Table(
-        "base_model", "assets/python-5m/README.md", "base_model", BASE_MODEL_HEADER, base_model_row
-    ),
-    Table(
-        "base_model", "assets/python-1m/README.md", "base_model", BASE_MODEL_HEADER, base_model_row
-    ),
-    Table("bench_decode", "README.md", "bench_decode", DECODE_HEADER, decode_row),
-    Table("bench_train", "README.md", "bench_train", TRAIN_HEADER, train_row),
 )
-"""Every committed table."""
+
+FIGURES = (Figure("experiments/results/speculative.svg", "speculative_python_5m", tokens_per_pass),)

@@ -1,0 +1,17 @@
+"""Which tables and figures stand where. Each is shown in full: losing rows are not left out.
+
+One module per family of experiments; a new one is added to both tuples.
+"""
+
+from experiments.methods import MethodTable
+from experiments.shown import foundation, speculative
+
+TABLES = (
+    MethodTable("methods", "WORKSPACE.md"),
+    *foundation.TABLES,
+    *speculative.TABLES,
+)
+"""Every committed table."""
+
+FIGURES = (*speculative.FIGURES,)
+"""Every committed figure."""
