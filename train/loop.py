@@ -25,15 +25,21 @@ from train.state import TrainState, abstract_state, create_state
 from train.step import make_step
 from train.task import Context, Task
 
+Watch = Callable[[int, dict[str, float]], bool]
+
 
 @dataclasses.dataclass
 class Result:
-    """How a run ended: its state, the last evaluation, and whether a signal stopped it early."""
+    """How a run ended: its state, the last evaluation, and what ended it before its time.
+
+    ``stopped``: a signal, after which the same launch goes on. ``given_up``: ``watch``.
+    """
 
     state: TrainState
     rest: Any
     evaluation: dict[str, float]
     stopped: bool
+    given_up: bool
 
 
 @dataclasses.dataclass
@@ -59,11 +65,14 @@ def train(
     mesh: Mesh,
     rules: ShardingRules | None = None,
     profile_steps: int = 0,
+    watch: Watch | None = None,
 ) -> Result:
     """Train from the newest checkpoint in ``workdir``, or from the beginning, to ``config.steps``.
 
     SIGTERM saves a checkpoint and returns with ``stopped`` set. ``profile_steps`` writes a jax
-    trace of that many updates (after the first two calls) to ``workdir/profile``.
+    trace of that many updates (after the first two calls) to ``workdir/profile``. ``watch`` sees
+    the step and the numbers of every evaluation but the last, on process 0; if it returns True the
+    run saves and ends.
 
     Raises:
         ValueError: a config that does not fit together, or a checkpoint of another one.
@@ -82,7 +91,7 @@ def train(
         checkpoints = Checkpoints(folder, config.keep_checkpoints)
         try:
             run = _set_up(context, checkpoints)
-            return _Loop(run, folder, profile_steps, stop_asked).run_to_end()
+            return _Loop(run, folder, profile_steps, stop_asked, watch).run_to_end()
         finally:
             checkpoints.close()
 
@@ -169,10 +178,17 @@ def _compile(
 class _Loop:
     """The run from its start to its end."""
 
-    def __init__(self, run: _Run, folder: pathlib.Path, profile_steps: int, stop_asked: Any):
+    def __init__(
+        self,
+        run: _Run,
+        folder: pathlib.Path,
+        profile_steps: int,
+        stop_asked: Any,
+        watch: Watch | None,
+    ):
         config = run.context.config
         self.run, self.folder, self.config = run, folder, config
-        self.stop_asked = stop_asked
+        self.stop_asked, self.watch = stop_asked, watch
         self.leader = run.context.process_index == 0
         self.writer = MetricsFile(folder / "metrics.jsonl", run.start) if self.leader else None
         self.board = _tensorboard(folder) if self.leader and config.tensorboard else None
@@ -185,9 +201,9 @@ class _Loop:
 
     def run_to_end(self) -> Result:
         config, run = self.config, self.run
-        step, stopped = run.start, False
+        step, stopped, given_up = run.start, False, False
         try:
-            while step < config.steps and not stopped:
+            while step < config.steps and not (stopped or given_up):
                 self._trace(step)
                 batches = self._next_batches()
                 run.state, metrics = run.step(run.state, run.rest, batches, run.resident)
@@ -199,10 +215,11 @@ class _Loop:
                     break
                 if config.evaluate_every and step % config.evaluate_every == 0:
                     self._evaluate(step)
+                    given_up = self._gives_up(step)
                 stopped = self.stop_asked(step)
-                if stopped or step % config.checkpoint_every == 0:
+                if stopped or given_up or step % config.checkpoint_every == 0:
                     self._save(step)
-            if not stopped:
+            if not (stopped or given_up):
                 self._finish(step)
         finally:
             self._trace(None)
@@ -210,7 +227,7 @@ class _Loop:
                 self.writer.close()
             if self.board:
                 self.board.close()
-        return Result(run.state, run.rest, self.evaluation, stopped)
+        return Result(run.state, run.rest, self.evaluation, stopped, given_up)
 
     def _next_batches(self) -> Any:
         """The batches of one call, stacked and on the devices; None if the task makes them."""
@@ -243,6 +260,15 @@ class _Loop:
             shown = "  ".join(f"{name} {value:.4f}" for name, value in self.evaluation.items())
             print(f"step {step} evaluation: {shown}", file=sys.stderr, flush=True)
         self._to_board(step, values)
+
+    def _gives_up(self, step: int) -> bool:
+        """What ``watch`` says on process 0, to all processes."""
+        if self.watch is None:
+            return False
+        answer = self.leader and self.watch(step, self.evaluation)
+        if self.run.context.process_count == 1:
+            return answer
+        return bool(multihost_utils.broadcast_one_to_all(np.asarray(answer)))
 
     def _save(self, step: int) -> None:
         if step == self.saved_at:

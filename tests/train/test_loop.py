@@ -90,6 +90,24 @@ def test_batches_come_from_the_arrays_that_stay_on_the_device(tmp_path: pathlib.
     np.testing.assert_array_equal(x, jnp.broadcast_to(row, x.shape))
 
 
+def test_a_run_that_is_given_up_saves_and_ends(tmp_path: pathlib.Path):
+    seen: list[int] = []
+
+    def watch(step: int, values: dict[str, float]) -> bool:
+        assert set(values) == {"norm"}
+        seen.append(step)
+        return step == 16
+
+    result = run(tmp_path / "run", make(evaluate_every=8), watch=watch)
+    assert seen == [8, 16] and int(result.state.step) == 16
+    assert result.given_up and not result.stopped
+    # Nothing but the watch holds it back: a launch without one goes on to the end.
+    whole = run(tmp_path / "whole", make(evaluate_every=8))
+    resumed = run(tmp_path / "run", make(evaluate_every=8))
+    assert not (resumed.given_up or resumed.stopped)
+    same(whole.state, resumed.state)
+
+
 def test_lines_after_the_last_checkpoint_are_written_once(tmp_path: pathlib.Path):
     """A killed run leaves lines of updates that it loses, and perhaps half a line."""
     run(tmp_path / "whole", make())
