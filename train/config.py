@@ -178,11 +178,16 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def first_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+def first_difference(
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    where: str = "the checkpoint",
+    may_change: tuple[str, ...] = MAY_CHANGE,
+) -> str | None:
     """``'key is A in the checkpoint and B now'`` for the first key that matters, or None."""
     old, new = flatten(saved), flatten(now)
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key, "absent"), new.get(key, "absent")
-        if key.split(".")[0] not in MAY_CHANGE and before != after:
-            return f"{key} is {before!r} in the checkpoint and {after!r} now"
+        if key.split(".")[0] not in may_change and before != after:
+            return f"{key} is {before!r} in {where} and {after!r} now"
     return None

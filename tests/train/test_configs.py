@@ -14,6 +14,7 @@ from tests.train.text import write_corpus
 from train import loop
 from train.config import TrainConfig, build, build_task
 from train.metrics import read_metrics
+from train.sweep.plan import at_point, example_points, load_sweep
 from train.task import Task
 
 NAMES = sorted(
@@ -33,6 +34,14 @@ def test_every_config_resolves_and_says_how_to_run_it(name: str):
     config = build(TrainConfig, module(name).get_config().to_dict())
     assert isinstance(build_task(config), Task)
     assert f"--config=configs/{name}.py" in (module(name).__doc__ or "")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("[a-z]*.py")), ids=str)
+def test_every_sweep_resolves_and_says_how_to_run_it(path: pathlib.Path):
+    sweep = load_sweep(path)
+    for point in example_points(sweep):
+        assert isinstance(build_task(at_point(sweep, point)), Task)
+    assert f"--sweep=configs/sweeps/{path.name}" in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
