@@ -3,6 +3,8 @@
 Hidden states as for `configs/clover.py`, then:
 
     python -m train --config=configs/clover1.py --workdir=runs/clover1
+
+Minutes on one core of 2: 7. Expected: `top1/head1` 0.30, `top1/head2` 0.27.
 """
 
 from configs import clover

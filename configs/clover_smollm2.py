@@ -1,10 +1,11 @@
 r"""Clover-2 heads for SmolLM2-135M-Instruct, drafting over its 8,192 most frequent tokens.
 
     python -m train.data.collect --target=smollm2-135m --chat --prompts=FILE.jsonl:FIELD,... \
-        --count=600 --prompt_tokens=128 --max_new_tokens=192 --batch=32 --out=runs/hidden/smollm2
+        --count=1200 --prompt_tokens=128 --max_new_tokens=192 --batch=32 --out=runs/hidden/smollm2
     python -m train --config=configs/clover_smollm2.py --workdir=runs/clover_smollm2
 
-The loss, too, is over the draft vocabulary alone.
+Minutes on one core of 2: 55 for 279,000 tokens, 30 for the heads. Expected: `top1/head1` 0.25,
+`top1/head2` 0.17. The loss, too, is over the draft vocabulary alone.
 """
 
 from configs import clover
@@ -12,7 +13,7 @@ from configs.defaults import Config
 
 
 def get_config() -> Config:
-    """About 300,000 tokens of the target's own text, seen about twice.
+    """About 280,000 tokens of the target's own text, seen about twice.
 
     The learning rate is that of width 256 divided by the ratio of widths; it was not swept.
     """
