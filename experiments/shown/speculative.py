@@ -177,6 +177,7 @@ def tokens_per_pass(result: dict[str, Any]) -> Canvas:
 
 
 CLOVER = "research/speculative/clover/README.md"
+SMOLLM2 = "speculative_smollm2_135m"
 RECYCLING_PAGE = "research/speculative/token_recycling/README.md"
 
 TABLES: tuple[Rendered, ...] = (
@@ -184,6 +185,10 @@ TABLES: tuple[Rendered, ...] = (
     Table("speculative", CLOVER, "speculative_python_5m", SPECULATIVE_HEADER, speculative_row),
     Table("accuracy", CLOVER, "speculative_python_5m", ACCURACY_HEADER, accuracy_row, is_trained),
     Statements("statements", CLOVER, "speculative_python_5m"),
+    Table("speculative_smollm2", "README.md", SMOLLM2, SPECULATIVE_HEADER, speculative_row),
+    Table("speculative_smollm2", CLOVER, SMOLLM2, SPECULATIVE_HEADER, speculative_row),
+    Table("accuracy_smollm2", CLOVER, SMOLLM2, ACCURACY_HEADER, accuracy_row, is_trained),
+    Statements("statements_smollm2", CLOVER, SMOLLM2),
     Table("recycling", RECYCLING_PAGE, "recycling_python_5m", RECYCLING_HEADER, recycling_row),
     Statements("statements", RECYCLING_PAGE, "recycling_python_5m"),
 )
