@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from experiments import figures, record, replay, speculative
 from experiments.exactness import is_exact
@@ -50,6 +50,7 @@ accelerators). measured: on this machine at batch 1. exact: every greedy text eq
 
 def main(_: Sequence[str]) -> None:
     """Run the demonstration."""
+    logging.set_verbosity(logging.WARNING)
     start = time.perf_counter()
     folder = pathlib.Path(flags.FLAGS.folder)
     settings = speculative.Settings(folder=str(folder), **SETTINGS)
