@@ -6,7 +6,10 @@ bit: vertices are int32 reinterpreted as uint32, so negative coordinates wrap ar
 """
 
 import dataclasses
+import functools
 import itertools
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -113,15 +116,18 @@ def hashgrid_row(
     modulo 2^32, and both kinds end with a remainder by ``size``: a vertex outside of a dense level
     wraps around.
     """
-    d = vertex.shape[-1]
-    row = jnp.zeros(vertex.shape[:-1], jnp.uint32)
+    return _row([vertex[..., axis] for axis in range(vertex.shape[-1])], resolution, size)
+
+
+def _row(vertex: Sequence[Array], resolution: int, size: int) -> Array:
+    """:func:`hashgrid_row` of vertices given axis by axis."""
     # A dense level so fine that its vertices cannot be numbered in uint32 is hashed.
-    if min(resolution**d, UINT32_MAX) <= size:
-        for axis in range(d):
-            row += vertex[..., axis] * jnp.uint32(resolution**axis)
+    if min(resolution ** len(vertex), UINT32_MAX) <= size:
+        parts = [v * jnp.uint32(resolution**axis) for axis, v in enumerate(vertex)]
+        row = functools.reduce(jnp.add, parts)
     else:
-        for axis in range(d):
-            row ^= vertex[..., axis] * jnp.uint32(PRIMES[axis])
+        parts = [v * jnp.uint32(prime) for v, prime in zip(vertex, PRIMES, strict=False)]
+        row = functools.reduce(jnp.bitwise_xor, parts)
     return row % jnp.uint32(size)
 
 
@@ -141,6 +147,8 @@ def hashgrid_indices(
     """
     check_points(x, cfg)
     meta = hashgrid_meta(cfg)
+    bits = np.asarray(list(itertools.product((0, 1), repeat=cfg.n_dims)), np.uint32)[:, ::-1]
+    bits = bits.T.reshape(cfg.n_dims, *(1,) * (x.ndim - 1), -1)  # (d, ..., corners)
     rows, weights = [], []
     for scale, resolution, size in zip(
         meta.scales, meta.resolutions.tolist(), meta.sizes.tolist(), strict=True
@@ -149,14 +157,14 @@ def hashgrid_indices(
         cell = jnp.floor(position)
         upper = position - jax.lax.stop_gradient(cell)
         # By way of int32: the conversion of a negative float to uint32 is undefined.
-        vertex = jax.lax.bitcast_convert_type(cell.astype(jnp.int32), jnp.uint32)
-        corner_rows, corner_weights = [], []
-        for bits in _corners(cfg.n_dims):
-            bits = np.broadcast_to(bits, vertex.shape)
-            corner_rows.append(hashgrid_row(vertex + bits, resolution, size))
-            corner_weights.append(jnp.prod(jnp.where(bits == 1, upper, 1 - upper), axis=-1))
-        rows.append(jnp.stack(corner_rows, axis=-1))
-        weights.append(jnp.stack(corner_weights, axis=-1))
+        lowest = jax.lax.bitcast_convert_type(cell.astype(jnp.int32), jnp.uint32)
+        axes = range(cfg.n_dims)
+        vertex = [lowest[..., axis, None] + bits[axis] for axis in axes]
+        rows.append(_row(vertex, resolution, size))
+        sides = [upper[..., axis, None] for axis in axes]
+        weights.append(
+            math.prod(jnp.where(bits[axis] == 1, sides[axis], 1 - sides[axis]) for axis in axes)
+        )
     return jnp.stack(rows, axis=-2), jnp.stack(weights, axis=-2)
 
 
@@ -213,7 +221,3 @@ def _two_sum(
     total = a + b
     part = total - a
     return total, (a - (total - part)) + (b - part)
-
-
-def _corners(n_dims: int) -> list[np.ndarray]:
-    return [np.asarray(b[::-1], np.uint32) for b in itertools.product((0, 1), repeat=n_dims)]
