@@ -32,6 +32,17 @@ class Normal:
 
 
 @dataclasses.dataclass(frozen=True)
+class Uniform:
+    """Uniform between ``low`` and ``high``."""
+
+    low: float
+    high: float
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jax.random.uniform(key, shape, jnp.float32, self.low, self.high).astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
 class Constant:
     """The same ``value`` everywhere."""
 

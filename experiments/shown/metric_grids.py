@@ -1,0 +1,131 @@
+"""What the documents show of MetricGrids and its baselines."""
+
+import base64
+import io
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure as Canvas
+from PIL import Image
+
+from experiments.report import number
+
+NAMES = {
+    "ngp": "instant-ngp, ReLU 2 x 64",
+    "one-grid": "one grid, same decoder",
+    "no-modulators": "no modulators",
+    "full": "**MetricGrids**",
+    "separate": "separate tables (paper's wording)",
+    "siren": "SIREN, no grid",
+}
+COLOURS = {
+    "ngp": "#1a73e8",
+    "one-grid": "#188038",
+    "no-modulators": "#9aa0a6",
+    "full": "#e8710a",
+    "separate": "#a142f4",
+    "siren": "#5f6368",
+}
+
+
+def metric_grids_row(row: dict[str, Any]) -> tuple[str, ...]:
+    """Cells of a comparison; digits are those of PSNR in dB, or of an overlap below 1."""
+    digits = 2 if row["quality"]["mean"] > 1 else 4
+    rows = row["log2_size"]
+    return (
+        NAMES[row["field"]],
+        "" if rows is None else f"2^{rows}",
+        f"{row['parameters']:,}",
+        f"{row['bytes'] / 1024:.0f}",
+        f"{row['rate']:g}",
+        *(number(sample, digits) for sample in row["by_signal"].values()),
+        number(row["quality"], digits),
+        number(row["common_rate"], digits),
+    )
+
+
+def header(result: dict[str, Any], quality: str) -> tuple[str, ...]:
+    """The header for the signals of a result."""
+    return (
+        "method",
+        "rows per level",
+        "parameters",
+        "KiB",
+        "best rate",
+        *result["rows"][0]["by_signal"],
+        f"mean {quality}",
+        "at rate 0.001",
+    )
+
+
+def quality_against_bytes(result: dict[str, Any]) -> Canvas:
+    """One line per method over its table sizes; bars are the seeds' spread."""
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    for name in dict.fromkeys(row["field"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["field"] == name]
+        axis.errorbar(
+            [row["bytes"] / 1024 for row in rows],
+            [row["quality"]["mean"] for row in rows],
+            yerr=[row["quality"]["spread"] for row in rows],
+            marker="o",
+            ms=4,
+            capsize=2,
+            color=COLOURS[name],
+            label=NAMES[name].strip("*"),
+        )
+    axis.set_xlabel("KiB as float32, table and decoder")
+    axis.set_ylabel("PSNR in dB, own best learning rate")
+    axis.legend(fontsize=7)
+    axis.spines[["top", "right"]].set_visible(False)
+    config = result["config"]
+    axis.set_title(f"{config['crop']} x {config['crop']} pixels, {config['steps']} steps")
+    figure.tight_layout()
+    return figure
+
+
+def read_picture(text: str) -> np.ndarray:
+    """Values in [0, 1] of a picture kept in a result; (height, width, channels)."""
+    with Image.open(io.BytesIO(base64.b64decode(text))) as image:
+        values = np.asarray(image, np.float64) / 255
+    return values if values.ndim == 3 else values[..., None]
+
+
+def reconstructions(result: dict[str, Any]) -> Canvas:
+    """The first signal: the original, each method's fit at the largest size, and its error.
+
+    Of a shape the plane through its middle: distances in grey, the surface as a line.
+    """
+    rows = result["rows"]
+    originals = rows[0]["originals"]
+    name = next(iter(originals))
+    largest = max(result["config"]["sizes"])
+    size = f"-{largest}"
+    last = [row for row in rows if row["method"].endswith(size) or "-" not in row["method"]]
+    last = [row for row in last if row["field"] in ("ngp", "one-grid", "full")] or rows
+    original = read_picture(originals[name])
+    figure, axes = plt.subplots(2, 1 + len(last), figsize=(2.2 * (1 + len(last)), 4.6))
+    shape = result["config"]["part"] == "sdf"
+    _draw(axes[0, 0], original, shape)
+    axes[0, 0].set_title(f"{name}, original", fontsize=8)
+    axes[1, 0].axis("off")
+    for column, row in enumerate(last, 1):
+        values = read_picture(row["shown"][name])
+        _draw(axes[0, column], values, shape)
+        quality = row["by_signal"][name]["mean"]
+        axes[0, column].set_title(f"{NAMES[row['field']].strip('*')}\n{quality:.2f}", fontsize=8)
+        error = np.abs(values - original).mean(axis=-1)
+        shown = axes[1, column].imshow(error, cmap="magma", vmin=0, vmax=0.1)
+        axes[1, column].axis("off")
+        if column == len(last):
+            figure.colorbar(shown, ax=axes[1, column], fraction=0.046, label="mean absolute error")
+    figure.tight_layout()
+    return figure
+
+
+def _draw(axis: Any, values: np.ndarray, shape: bool) -> None:
+    grey = values.shape[2] == 1
+    axis.imshow(values[..., 0] if grey else values, cmap="gray", vmin=0, vmax=1)
+    if shape:
+        axis.contour(values[..., 0], levels=[0.5], colors=COLOURS["full"], linewidths=1)
+    axis.axis("off")
