@@ -93,7 +93,7 @@ def at_rows(params: Params, rows: Int[Array | np.ndarray, " k"]) -> Params:
 
 def interpolate(
     params: Params,
-    axes: Sequence[Float[np.ndarray, " k"]],
+    axes: Sequence[Float[np.ndarray, " _"]],
     y: Float[np.ndarray, "q d"],
     method: str = "linear",
 ) -> Params:
