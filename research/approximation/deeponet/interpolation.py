@@ -54,7 +54,7 @@ class Interpolant:
 
 
 def interpolant(
-    knots: Float[np.ndarray, " k"], values: Float[np.ndarray, "n k"], kind: str = "cubic"
+    knots: Float[np.ndarray, " k"], values: Float[np.ndarray, "n _"], kind: str = "cubic"
 ) -> Interpolant:
     """The interpolant of each row of ``values``; kind: cubic (not-a-knot) or linear.
 
@@ -75,7 +75,7 @@ def interpolant(
 
 def interpolate(
     knots: Float[np.ndarray, " k"],
-    values: Float[np.ndarray, "n k"],
+    values: Float[np.ndarray, "n _"],
     x: Float[np.ndarray, "*rows q"],
     kind: str = "cubic",
 ) -> Float[np.ndarray, "n q"]:

@@ -18,7 +18,7 @@ def kl_basis(
 
 def sensor_values(
     bases: Float[np.ndarray, "n modes points"], sensors: int
-) -> Float[np.ndarray, "n modes*sensors"]:
+) -> Float[np.ndarray, "n width"]:
     """The branch's input: every eigenfunction on equispaced sensors, one after the other."""
     n, modes, points = bases.shape
     grid, at = np.linspace(0.0, 1.0, points), np.linspace(0.0, 1.0, sensors)
