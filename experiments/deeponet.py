@@ -209,7 +209,7 @@ def order_statements(sizes: Sequence[int]) -> tuple[Statement, ...]:
 
 DEFAULTS = {
     "rivals": (METHODS, (500, 2000, 5000)),
-    "order": (("deeponet", "fnn"), (100, 200, 500, 1000, 2000, 5000)),
+    "order": (("deeponet",), (100, 200, 500, 1000, 2000, 5000)),
 }
 
 

@@ -162,8 +162,8 @@ def run_sensors(settings: Settings) -> tuple[list[dict[str, Any]], tuple[Stateme
             return DeepONetTask(
                 model=DeepONetConfig((m, 40, 40), (1, 40, 40)),
                 problem={"name": "ode", "equation": "pendulum", "sensors": m},
-                functions=10 * settings.functions,
-                test_functions=settings.test_functions,
+                functions=4 * settings.functions,
+                test_functions=4 * settings.test_functions,
                 data_seed=seed,
             )
 
@@ -213,7 +213,11 @@ def define_flags() -> None:
     flags.DEFINE_list("sensors", ["2", "4", "6", "8", "10", "20"], "Of the sensors study.")
     flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of functions and weights.")
     flags.DEFINE_integer("steps", 4000, "Updates.", lower_bound=1)
-    flags.DEFINE_integer("functions", 500, "For training; ten times for ordinary equations.")
+    flags.DEFINE_integer(
+        "functions",
+        500,
+        "For training; with one query each ten times as many, of the sensors study four times.",
+    )
     flags.DEFINE_integer("test_functions", 500, "New functions.", lower_bound=1)
     flags.DEFINE_integer("queries", 50, "Random grid points of each function.", lower_bound=1)
     flags.DEFINE_string("label", "", "Ending of the result's name.")
