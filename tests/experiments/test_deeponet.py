@@ -3,11 +3,13 @@
 import pathlib
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 from experiments import deeponet, deeponet_grids, deeponet_systems, record, statements
 from experiments.operator_training import Schedule, solved, train
+from experiments.shown import deeponet as shown
 from models.deeponet import DeepONetConfig
 from models.fnn import FNNConfig
 from research.approximation.deeponet.data import Cartesian
@@ -91,6 +93,30 @@ def test_states_of_the_reaction_are_paired_in_time(tmp_path: pathlib.Path) -> No
     assert fitted.u.shape == (120, 102) and fitted.s.shape == (120, 51, 2)
     assert fitted.u[7, 0] == 7 and fitted.u[7, 51] == 7000
     assert fitted.s[7, 3].tolist() == [27, 27012] and len(test.u) == 61
+
+
+def test_what_documents_show() -> None:
+    """Cells and figures from made-up rows."""
+    rows = rows_of({f"deeponet-{n}": (3.0 / n, 5.0 / n) for n in (10, 20, 40)})
+    deeponet.add_orders(rows, 2)
+    for row in rows:
+        row["mse_without_outliers"], row["seconds"] = row["mse"], record.sample([2.0])
+        row["relative_l2"] = row["floor"] = record.sample([0.01, 0.03])
+        row |= {"system": "pendulum", "sensors": row["size"], "modes": 4}
+    cells = shown.rival_row(rows[0])
+    assert cells[:2] == ("10", "**DeepONet**") and cells[3] == "(4.0 ± 1.4)e-1"
+    assert len(cells) == len(shown.RIVAL_HEADER)
+    assert shown.system_row(rows[0]) == ("pendulum", "**DeepONet**", cells[3], "2.00 ± 1.41%")
+    assert len(shown.pod_row(rows[0])) == len(shown.POD_HEADER)
+    assert shown.scientific(record.sample([0.0])) == "0.0e+00"
+    result = {"rows": rows, "config": {"steps": 5}}
+    legend = shown.convergence(result).axes[0].get_legend()
+    assert legend is not None and "order 1.00" in legend.get_texts()[0].get_text()
+    assert len(shown.sensors(result).axes[0].lines) == 3
+    field = np.arange(6.0).reshape(2, 3).tolist()
+    rows[0]["example"] = {"source": [0.0, 1.0], "exact": field, "predicted": field}
+    assert shown.solution(result).axes[2].get_title() == "POD-DeepONet, 4 modes"
+    plt.close("all")
 
 
 SMALL = {"seeds": (0, 1), "steps": 20}

@@ -13,6 +13,7 @@ from research.approximation.deeponet import data, load, problems
 from research.approximation.deeponet.data import Aligned, Batched, Cartesian
 from research.approximation.deeponet.problems import make_problem
 from research.approximation.deeponet.task import cartesian_batch
+from tests.models.test_torch_archive import DICT, MARK, archive, tensor, text
 
 RNG = np.random.default_rng(0)
 GRID = Cartesian(RNG.normal(size=(5, 3)), RNG.normal(size=(4, 2)), np.arange(40.0).reshape(5, 4, 2))
@@ -150,6 +151,17 @@ def test_files(tmp_path: pathlib.Path) -> None:
     (tmp_path / "x.csv").write_text("1")
     with pytest.raises(ValueError, match=r"\.npz, \.npy, \.mat"):
         load.read_arrays(tmp_path / "x.csv")
+
+
+def test_torch_files_and_nested_names(tmp_path: pathlib.Path) -> None:
+    """A dict of one tensor and a list that holds another."""
+    values = np.arange(12, dtype=np.float32)
+    program = DICT + MARK + text("x") + tensor("0", "FloatStorage", 12, (3, 2), (4, 1))
+    program += text("more") + b"]" + MARK + tensor("0", "FloatStorage", 12, (3, 4), (4, 1)) + b"e"
+    archive(tmp_path / "x.pt", program + b"u", _0=values)
+    found = load.load_cartesian(tmp_path / "x.pt", ["x"], ["more.0"])
+    np.testing.assert_array_equal(found.u, values.reshape(3, 4)[:, :2])
+    np.testing.assert_array_equal(found.s, values.reshape(3, 4))
 
 
 def test_files_with_queries_of_their_own() -> None:

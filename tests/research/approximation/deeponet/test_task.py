@@ -1,6 +1,10 @@
 """Training through the repository's loop: all forms of data and network, and equations alone."""
 
+import importlib
+import os
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -14,6 +18,7 @@ from models.sharding import make_mesh
 from research.approximation.deeponet import objective, physics
 from research.approximation.deeponet.data import Aligned
 from research.approximation.deeponet.problems import NAMED_INPUTS
+from tests.source_tree import ROOT
 from train import loop
 from train.config import TrainConfig, build, build_task
 from train.metrics import read_metrics
@@ -80,6 +85,31 @@ def test_every_form_trains_through_the_loop(case: str, tmp_path: pathlib.Path) -
     if "problem" not in CASES[case]:
         named = {f"relative_l2/{name}" for name in NAMED_INPUTS}
         assert named <= set(result.evaluation)
+
+
+@pytest.mark.parametrize("name", ["deeponet", "deeponet_pod", "deeponet_physics"])
+def test_the_configs_run_two_updates(name: str, tmp_path: pathlib.Path) -> None:
+    values = importlib.import_module(f"configs.{name}").get_config()
+    values.task.functions, values.task.test_functions, values.batch_size = 24, 5, 24
+    values.steps = values.steps_per_call = values.log_every = values.checkpoint_every = 2
+    values.evaluate_every = 0
+    result = train(build(TrainConfig, values.to_dict()), tmp_path)
+    assert len(losses(tmp_path)) == 1 and np.isfinite(result.evaluation["mse"])
+
+
+@pytest.mark.slow
+def test_the_command_trains(tmp_path: pathlib.Path) -> None:
+    """As in the config's docstring, for a hundred updates on a few functions; then it resumes."""
+    command = [
+        sys.executable, "-m", "train", "--config=configs/deeponet.py", f"--workdir={tmp_path}",
+        "--config.task.functions=50", "--config.task.test_functions=20", "--config.batch_size=50",
+        "--config.steps=200", "--config.log_every=100", "--config.checkpoint_every=100",
+        "--config.evaluate_every=0",
+    ]  # fmt: skip
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONWARNINGS": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "finished at step 200" in done.stderr and losses(tmp_path)[-1] < losses(tmp_path)[0]
 
 
 def test_normalisation_and_basis_are_kept_and_not_trained(tmp_path: pathlib.Path) -> None:
