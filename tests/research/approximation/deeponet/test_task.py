@@ -140,7 +140,8 @@ def test_two_devices_train_like_one(tmp_path: pathlib.Path) -> None:
 
 
 def test_test_functions_are_new_and_files_are_split_by_function(tmp_path: pathlib.Path) -> None:
-    train_set, test_set = build_task(config(queries=3)).sets
+    # Equally many with equally many queries: the same seed would draw the same.
+    train_set, test_set = build_task(config(test_functions=40)).sets
     assert not {tuple(u) for u in train_set.u} & {tuple(u) for u in test_set.u}
     grid = np.linspace(0, 1, 6)
     u = np.random.default_rng(0).normal(size=(30, 4))
@@ -175,6 +176,16 @@ def test_bad_settings_are_told(tmp_path: pathlib.Path) -> None:
         train(config(problem=GRID, model=POD, queries=4), tmp_path / "c")
     with pytest.raises(ValueError, match="the branch reads 11 sensor values, got 12"):
         train(config(model={"branch": (11, 8), "trunk": (1, 8)}), tmp_path / "d")
+
+
+def test_the_loss_is_in_units_of_the_scale_and_leaves_padding_out() -> None:
+    batch = {"s": jnp.zeros((2, 2, 2)), "mask": jnp.asarray([[True, True], [True, False]])}
+    predicted = jnp.ones((2, 2, 2)).at[..., 1].set(6.0).at[1, 1].set(1e6)
+    loss, count = objective.squared_error(predicted, batch, jnp.asarray([1.0, 3.0]))
+    assert float(loss) == pytest.approx((1 + 4) / 2) and float(count) == 6
+    single = {"s": jnp.zeros((2,))}
+    loss, count = objective.squared_error(jnp.asarray([2.0, 6.0]), single, jnp.asarray([2.0]))
+    assert float(loss) == pytest.approx((1 + 9) / 2) and float(count) == 2
 
 
 def test_error_metrics() -> None:
