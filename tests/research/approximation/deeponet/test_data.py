@@ -12,6 +12,7 @@ import scipy.io
 from research.approximation.deeponet import data, load, problems
 from research.approximation.deeponet.data import Aligned, Batched, Cartesian
 from research.approximation.deeponet.problems import make_problem
+from research.approximation.deeponet.systems import ode
 from research.approximation.deeponet.task import cartesian_batch
 from tests.models.test_torch_archive import DICT, MARK, archive, tensor, text
 
@@ -239,6 +240,26 @@ def test_functions_without_a_solution_are_drawn_again() -> None:
     never = {"name": "ode", "sensors": 10, "largest": 0.001}
     with pytest.raises(ValueError, match="found no solution"):
         make_problem(never).cartesian(np.random.default_rng(0), 2)
+
+
+def test_unresolved_solutions_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    solve, calls = ode.solve, []
+
+    def unsure(*arguments: Any) -> ode.Solution:
+        """Doubts the first function that it is asked for."""
+        out = solve(*arguments)
+        calls.append(arguments[2])
+        return dataclasses.replace(
+            out, resolved=out.resolved & (np.arange(calls[-1]) + len(calls) > 1)
+        )
+
+    problem = make_problem({"name": "ode", "sensors": 10})
+    plain = problem.cartesian(np.random.default_rng(0), 3)
+    monkeypatch.setattr(ode, "solve", unsure)
+    again = problem.cartesian(np.random.default_rng(0), 3)
+    assert calls == [3, 1]
+    np.testing.assert_array_equal(again.s[1:], plain.s[1:])
+    assert np.abs(again.s[0] - plain.s[0]).max() > 1e-2
 
 
 def test_unknown_problems_and_spaces_are_told() -> None:
