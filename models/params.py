@@ -43,6 +43,18 @@ class Uniform:
 
 
 @dataclasses.dataclass(frozen=True)
+class GlorotNormal:
+    """Normal with variance 2 / (fan in + fan out), the lengths of the last two axes.
+
+    Axes before those count copies, each drawn as if it were alone.
+    """
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        stddev = math.sqrt(2.0 / (shape[-2] + shape[-1]))
+        return (stddev * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
 class Constant:
     """The same ``value`` everywhere."""
 

@@ -9,7 +9,7 @@ import pytest
 from flax import struct
 
 from models import decoder, params
-from models.params import Constant, Normal, ParamSpec, Uniform
+from models.params import Constant, GlorotNormal, Normal, ParamSpec, Uniform
 from models.sharding import ShardingRules, make_mesh
 from tests.models import tiny
 
@@ -29,12 +29,14 @@ def test_initialisers_and_dtypes():
         "ones": ParamSpec((3,), (None,), Constant(1.0), jnp.bfloat16),
         "wide": ParamSpec((200, 200), (None, None), Normal(0.5)),
         "flat": ParamSpec((200, 200), (None, None), Uniform(-0.25, 0.75)),
+        "copies": ParamSpec((9, 300, 100), (None, None, None), GlorotNormal()),
     }
     made = params.init(specs, jax.random.key(0))
     assert made["ones"].dtype == jnp.bfloat16 and (made["ones"] == 1).all()
     assert float(made["wide"].std()) == pytest.approx(0.5, rel=0.02)
     assert -0.25 <= made["flat"].min() < -0.24 and 0.74 < made["flat"].max() < 0.75
     assert float(made["flat"].mean()) == pytest.approx(0.25, abs=0.01)
+    assert float(made["copies"].std()) == pytest.approx((2 / 400) ** 0.5, rel=0.01)
 
 
 def test_parameters_are_born_sharded_with_the_same_values():
