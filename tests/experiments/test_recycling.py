@@ -39,7 +39,7 @@ def test_the_experiment_runs(folder: pathlib.Path) -> None:
     assert learns["duplicates"]["mean"] > 0 == by["bigrams"]["duplicates"]["mean"]
     # The frozen one starts with what the other has learnt: from a cold matrix it would draft zeros.
     assert by["frozen"]["by_prompt"][0]["mean"] > 1
-    answers = statements.answer(rows, recycling.STATEMENTS)
+    answers = statements.answer(rows, recycling.STATEMENTS, 1)
     assert sum(a["holds"] is None for a in answers) == 3
     assert "recycling" in recycling.show(rows)
 
