@@ -172,12 +172,12 @@ def run_sensors(settings: Settings) -> tuple[list[dict[str, Any]], tuple[Stateme
     few, middle, many = (f"deeponet-{settings.sensors[i]}" for i in (0, -2, -1))
     wanted = (
         Statement(
-            f"from {few} sensors to {middle} the error falls at least tenfold",
+            f"from {settings.sensors[0]} sensors to {settings.sensors[-2]} the error falls tenfold",
             (few, middle),
             at_least(few, middle, "mse", 10.0),
         ),
         Statement(
-            f"from {middle} sensors to {many} it changes by less than a factor of 3",
+            f"from there to {settings.sensors[-1]} it changes by less than a factor of 3",
             (middle, many),
             lambda rows, seed: (
                 1 / 3 < value(rows[many], "mse", seed) / value(rows[middle], "mse", seed) < 3

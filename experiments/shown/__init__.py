@@ -4,14 +4,15 @@ One module per family of experiments; a new one is added to both tuples.
 """
 
 from experiments.methods import MethodTable
-from experiments.shown import foundation, speculative
+from experiments.shown import deeponet, foundation, speculative
 
 TABLES = (
     MethodTable("methods", "WORKSPACE.md"),
     *foundation.TABLES,
     *speculative.TABLES,
+    *deeponet.TABLES,
 )
 """Every committed table."""
 
-FIGURES = (*speculative.FIGURES,)
+FIGURES = (*speculative.FIGURES, *deeponet.FIGURES)
 """Every committed figure."""
