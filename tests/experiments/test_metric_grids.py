@@ -67,6 +67,7 @@ def test_pictures_survive_a_result():
         )
 
 
+@pytest.mark.slow
 def test_the_table_part_runs(image: str, tmp_path: pathlib.Path):
     chosen = settings("table", image)
     rows = metric_grids.run(chosen)
