@@ -42,6 +42,16 @@ class Constant:
 
 
 @dataclasses.dataclass(frozen=True)
+class Uniform:
+    """Uniform between ``-bound`` and ``bound``."""
+
+    bound: float
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jax.random.uniform(key, shape, jnp.float32, -self.bound, self.bound).astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
 class ParamSpec:
     """One parameter: shape, logical axis names (None: never sharded), initialiser, dtype."""
 

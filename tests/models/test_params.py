@@ -9,7 +9,7 @@ import pytest
 from flax import struct
 
 from models import decoder, params
-from models.params import Constant, Normal, ParamSpec
+from models.params import Constant, Normal, ParamSpec, Uniform
 from models.sharding import ShardingRules, make_mesh
 from tests.models import tiny
 
@@ -28,10 +28,13 @@ def test_initialisers_and_dtypes():
     specs = {
         "ones": ParamSpec((3,), (None,), Constant(1.0), jnp.bfloat16),
         "wide": ParamSpec((200, 200), (None, None), Normal(0.5)),
+        "flat": ParamSpec((200, 200), (None, None), Uniform(0.3)),
     }
     made = params.init(specs, jax.random.key(0))
     assert made["ones"].dtype == jnp.bfloat16 and (made["ones"] == 1).all()
     assert float(made["wide"].std()) == pytest.approx(0.5, rel=0.02)
+    assert 0.299 < np.abs(made["flat"]).max() <= 0.3
+    assert float(made["flat"].std()) == pytest.approx(0.3 / 3**0.5, rel=0.02)
 
 
 def test_parameters_are_born_sharded_with_the_same_values():
