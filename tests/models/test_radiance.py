@@ -13,6 +13,8 @@ from models.metric_grids import metric_coords
 from models.radiance import RadianceConfig
 from ops.hash_grid import HashGridConfig, hashgrid_encode
 
+pytestmark = pytest.mark.slow  # a minute in all: it runs with the slow tier
+
 GRID = HashGridConfig(3, 2, 2, 8, 4, 16)
 CFG = RadianceConfig(
     GRID, sigma_hidden=8, geometry=4, spatial_hidden=8, bottleneck=6, lobes=(2, 4),

@@ -27,6 +27,8 @@ from research.approximation.lc_pfn.prior import (
     sample_prior,
 )
 
+pytestmark = pytest.mark.slow  # a minute in all: it runs with the slow tier
+
 X = jnp.arange(1, 101, dtype=jnp.float32)
 
 

@@ -24,6 +24,8 @@ from research.approximation.lc_pfn.predict import predict, predict_logits
 from research.approximation.lc_pfn.prior import sample_prior
 from research.approximation.lc_pfn.stopping import replay, should_stop, thresholds
 
+pytestmark = pytest.mark.slow  # a minute in all: it runs with the slow tier
+
 CFG = lc_pfn.Config(width=16, layers=2, heads=2, ffn=32, buckets=40, seq_len=20, dropout=0.0)
 EPOCHS = np.arange(1.0, 7.0)
 VALUES = np.array([0.2, 0.3, 0.38, 0.44, 0.47, 0.5])

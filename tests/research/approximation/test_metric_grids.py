@@ -23,6 +23,8 @@ from train.config import TrainConfig, build
 from train.metrics import read_metrics
 from train.task import Context
 
+pytestmark = pytest.mark.slow  # a minute in all: networks are trained
+
 GRID = HashGridConfig(2, 4, 2, 8, 4, 16)
 CFG = MetricGrids(GRID, out_dim=3, hidden=16)
 

@@ -15,6 +15,8 @@ from research.approximation.metric_grids import radiance_fit, render
 from research.approximation.metric_grids.radiance_fit import RadianceFit
 from research.approximation.metric_grids.render import Rays
 
+pytestmark = pytest.mark.slow  # a minute in all: networks are trained
+
 FULL = jnp.ones((2, 2, 2))
 
 

@@ -63,6 +63,7 @@ def wait_for(path: pathlib.Path, text: str, process: subprocess.Popen[str]) -> N
     raise AssertionError(f"{path} does not get {text!r}")
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path: pathlib.Path) -> None:
     """SIGKILL in the second trial; two workers then finish it. The whole run is the judge."""
     slow = {"rows": 0.004, "points": [{"seed": s} for s in range(4)]}

@@ -24,6 +24,8 @@ from train.config import TrainConfig, build, build_task
 from train.metrics import read_metrics
 from train.task import Context
 
+pytestmark = pytest.mark.slow  # a minute in all: networks are trained
+
 PLACE = "research.approximation.deeponet."
 ODE = {"name": "ode", "sensors": 12}
 GRID = {"name": "diffusion_reaction", "sensors": 12, "nt": 9}
