@@ -7,8 +7,9 @@ From the newest checkpoint of a run (its moving average if it keeps one), or fro
 - with ``--stablehlo=cpu,tpu,cuda`` also ``DIR/stablehlo``: programs and weights that
   :mod:`train.exported` runs without this repository.
 
-The run of a drafter is exported by its task, to the folder that ``--drafter=KIND:DIR`` takes. The
-folder appears whole or not at all.
+Other runs are exported by their task, if it has a method ``save``: a drafter to the folder that
+``--drafter=KIND:DIR`` takes. Their card begins with the task's ``about``, if it says what it is.
+The folder appears whole or not at all.
 """
 
 import dataclasses
@@ -80,10 +81,10 @@ def export_run(run: pathlib.Path, out: pathlib.Path, options: Options) -> None:
         elif hasattr(task, "save"):
             if options.stablehlo:
                 raise ValueError(
-                    "a drafter has no StableHLO form, it needs its target: leave out --stablehlo."
+                    f"{type(task).__name__} has no StableHLO form: leave out --stablehlo."
                 )
             task.save(trained.params, folder, DTYPES[options.dtype or "float32"])
-            how = "A drafter, trained by longreach."
+            how = f"{getattr(task, 'about', 'A drafter')}, trained by longreach."
             write_card(folder, out.name, how, run_facts(run, trained, None), use="")
         else:
             raise ValueError(

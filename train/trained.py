@@ -17,7 +17,7 @@ from train.state import abstract_state
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """The newest checkpoint of a run.
+    """A checkpoint of a run.
 
     Attributes:
         config, task: the run's, from the checkpoint itself.
@@ -35,11 +35,11 @@ class Trained:
     pending: list[dict[str, float]]
 
 
-def read_trained(run: pathlib.Path) -> Trained:
-    """The newest checkpoint of the run in this folder.
+def read_trained(run: pathlib.Path, step: int | None = None) -> Trained:
+    """The newest checkpoint of the run in this folder, or the one after so many updates.
 
     Raises:
-        FileNotFoundError: it has none.
+        FileNotFoundError: it has none, or not that one.
         ValueError: it is damaged, or of another version of the format.
     """
     folder = run.absolute() / "checkpoints"
@@ -48,10 +48,16 @@ def read_trained(run: pathlib.Path) -> Trained:
     # Read-only: opening it as the training does would remove what a live run is writing.
     options = ocp.CheckpointManagerOptions(read_only=True)
     with ocp.CheckpointManager(folder, options=options) as manager:
-        step = manager.latest_step()
-        if step is None:
+        kept = sorted(manager.all_steps())
+        if not kept:
             raise FileNotFoundError(
                 f"{run} has no checkpoint yet: wait for the first, or train for longer."
+            )
+        step = kept[-1] if step is None else step
+        if step not in kept:
+            raise FileNotFoundError(
+                f"{run} has no checkpoint after {step} updates, only after "
+                f"{', '.join(map(str, kept))}: raise keep_checkpoints to keep more."
             )
         with _clear_damage(folder / str(step)):
             args = ocp.args.Composite(record=ocp.args.JsonRestore())

@@ -125,6 +125,14 @@ def test_only_what_the_checkpoint_holds_is_counted(root, tmp_path):
     assert earlier["updates"].startswith("4 of 6") and earlier["targets"] != want["targets"]
 
 
+def test_an_earlier_checkpoint_is_read_by_its_step(root):
+    newest, earlier = read_trained(root / "run"), read_trained(root / "run", 4)
+    assert (newest.step, earlier.step) == (STEPS, 4)
+    assert not np.array_equal(newest.params.embed, earlier.params.embed)
+    with pytest.raises(FileNotFoundError, match="no checkpoint after 5 updates, only after"):
+        read_trained(root / "run", 5)
+
+
 def test_reading_leaves_the_run_as_it_is(root, tmp_path):
     """What a live run is writing must not be cleaned away."""
     run = pathlib.Path(shutil.copytree(root / "run", tmp_path / "run"))
@@ -167,7 +175,7 @@ def test_heads_are_exported_by_their_task(tmp_path, monkeypatch):
     export_run(tmp_path / "run", tmp_path / "out", Options())
     assert saved["dtype"] == jnp.float32 and saved["trained"].first.shape == (8, 16)
     assert {x.name for x in (tmp_path / "out").iterdir()} == {"README.md", "config.json"}
-    with pytest.raises(ValueError, match="a drafter has no StableHLO form"):
+    with pytest.raises(ValueError, match="has no StableHLO form"):
         export_run(tmp_path / "run", tmp_path / "other", Options(stablehlo=("cpu",)))
     assert not (tmp_path / "other").exists()
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from typing import Any
+from typing import Any, ClassVar
 
 import grain
 import jax
@@ -68,6 +68,8 @@ class LCPFNTask(BaseTask):
     epoch_steps: int | None = None
     eval_curves: int = 256
     eval_cutoffs: tuple[int, ...] = (5, 10, 20, 40, 80)
+
+    about: ClassVar[str] = "LC-PFN, which extrapolates learning curves"
 
     def __post_init__(self):
         check_families(self.families, self.kind)
