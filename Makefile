@@ -15,6 +15,9 @@ EDITABLE := --config-settings editable_mode=compat
 # The parts that the second supported line (a newer Python and jax) must at least pass.
 QUICK := tests/ops tests/models tests/inference tests/goldens tests/test_packaging.py
 
+# A process per core, at most four for the memory's sake; a file's tests stay in one of them.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-quick test-slow test-aot lint smollm2 bench clean
 
@@ -28,13 +31,13 @@ demo: $(VENV)/.setup  ## train a drafter for a small model, decode losslessly, s
 	$(BIN)/python -m experiments.demo $(ARGS)
 
 test: $(VENV)/.setup  ## the default tests (under 20 minutes on 2 cores)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-quick: $(VENV)/.setup  ## the tests of ops, models, inference and goldens only
-	$(BIN)/python -m pytest $(QUICK) $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(QUICK) $(ARGS)
 
 test-slow: $(VENV)/.setup  ## the tests that take longer than about 20 seconds each
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m slow $(ARGS)
 
 test-aot: $(VENV)/.aot  ## compile kernels and steps for real TPU targets (installs libtpu)
 	$(BIN)/python -m pytest -m aot $(ARGS)

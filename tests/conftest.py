@@ -5,6 +5,8 @@ float32 matrix products, and run-time checks of every jaxtyping signature in our
 """
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 from tests.source_tree import PACKAGES, ROOT
 
@@ -22,8 +24,24 @@ from jaxtyping import install_import_hook
 install_import_hook(list(PACKAGES), "beartype.beartype")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 flags.FLAGS.mark_as_parsed()  # grain and tensorflow-datasets read absl flags at use
+
+MAPPINGS = Path("/proc/self/maps")
+MANY = 15_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs() -> Iterator[None]:
+    """Forget compiled programs between modules once there are many.
+
+    Each holds memory mappings, of which Linux allows a process 65,530 by default; a compilation
+    beyond that ends in a segmentation fault.
+    """
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MANY:
+        jax.clear_caches()
