@@ -18,6 +18,7 @@ from flax import struct
 
 from models import lc_pfn
 from models.layers import MLP, Attention, Layer, Linear, Norm
+from models.load import ASSETS
 from models.params import ParamSpec, path_name, validate
 from models.safetensors_io import Safetensors, new_directory, write_checkpoint
 
@@ -61,15 +62,22 @@ def save(directory: str | pathlib.Path, model: LCPFN, dtype: Any = jnp.float32) 
         write_checkpoint(folder, tensors, MAX_SHARD_BYTES)
 
 
-def load(directory: str | pathlib.Path) -> LCPFN:
-    """Read a network, in float32.
+def load(name: str | pathlib.Path) -> LCPFN:
+    """Read a network, in float32: of a directory, or by the name of one under ``assets/``.
 
     Raises:
-        FileNotFoundError: no ``config.json`` or no safetensors there.
+        FileNotFoundError: nothing goes by that name, or no ``config.json`` or no safetensors there.
         ValueError: a config of another kind of model or another version, tensors that it does not
             describe, or a damaged file.
     """
-    cfg = _read_config(pathlib.Path(directory) / "config.json")
+    directory = pathlib.Path(name)
+    if not directory.is_dir():
+        if not (ASSETS / name / "config.json").is_file():
+            raise FileNotFoundError(
+                f"no LC-PFN {str(name)!r}: name the folder of one, or {', '.join(shipped())}."
+            )
+        directory = ASSETS / name
+    cfg = _read_config(directory / "config.json")
     source = Safetensors(directory)
     wanted = {_name(path): s for path, s in jax.tree_util.tree_leaves_with_path(specs(cfg))}
     if odd := sorted(wanted.keys() ^ set(source.names())):
@@ -86,6 +94,14 @@ def load(directory: str | pathlib.Path) -> LCPFN:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: jnp.asarray(source.read(_name(path)), jnp.float32), specs(cfg)
     )
+
+
+def shipped() -> list[str]:
+    """Names of the networks under ``assets/``."""
+    kinds = {
+        path.parent.name: json.loads(path.read_text()) for path in ASSETS.glob("*/config.json")
+    }
+    return sorted(name for name, kind in kinds.items() if kind.get("model_type") == MODEL_TYPE)
 
 
 def import_torch_state(

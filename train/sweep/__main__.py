@@ -21,7 +21,9 @@ def main() -> None:
     flags.DEFINE_string("sweep", None, "A file of configs/sweeps/.", required=True)
     flags.DEFINE_string("folder", None, "Of the sweep's state and runs; runs/sweeps/<name>.")
     flags.DEFINE_integer("workers", 1, "Processes on this machine, or jobs of the cluster.")
-    flags.DEFINE_string("stop", "none", "Pruner: none, median, hyperband, or module:attribute.")
+    flags.DEFINE_string(
+        "stop", "none", "Pruner: none, median, hyperband, lc_pfn, or module:attribute."
+    )
     flags.DEFINE_string("storage", None, "Database URL for Optuna; else a file in the folder.")
     flags.DEFINE_string("cluster", None, "slurm or local: submit the workers through submitit.")
     flags.DEFINE_list("cluster_options", [], "For submitit, as timeout_min=60,slurm_partition=x.")

@@ -29,6 +29,7 @@ PRUNERS = {
     "none": "optuna.pruners:NopPruner",
     "median": "optuna.pruners:MedianPruner",
     "hyperband": "optuna.pruners:HyperbandPruner",
+    "lc_pfn": "research.approximation.lc_pfn.pruner:LCPFNPruner",
 }
 ABANDONED = datetime.timedelta(minutes=1)  # far more than between a trial's birth and its lock
 

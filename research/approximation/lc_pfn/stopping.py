@@ -46,7 +46,7 @@ def should_stop(
         ValueError: an unknown rule, a confidence outside (0, 1), a run that has reached the
             horizon, or a curve that cannot be predicted.
     """
-    _check_rule(rule, confidence)
+    check_rule(rule, confidence)
     if len(values) >= horizon:
         raise ValueError(f"{len(values)} values are a whole run of {horizon}: nothing is left.")
     first = horizon if rule == "final" else len(values) + 1
@@ -71,7 +71,7 @@ def thresholds(
         ValueError: an unknown rule, a confidence outside (0, 1), values outside [0, 1], or runs
             longer than the model's curves.
     """
-    _check_rule(rule, confidence)
+    check_rule(rule, confidence)
     count, length = curves.shape
     if length > model.cfg.seq_len:
         raise ValueError(
@@ -153,7 +153,8 @@ def replay(
     return Replay(int(stopped_at.sum()), float(np.nanmax(curves)) - best, stopped_at)
 
 
-def _check_rule(rule: str, confidence: float) -> None:
+def check_rule(rule: str, confidence: float) -> None:
+    """Raise ValueError unless the rule is known and the confidence a probability within (0, 1)."""
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}: choose {' or '.join(RULES)}.")
     if not 0 < confidence < 1:
