@@ -34,7 +34,7 @@ def is_pruner(row: dict[str, Any]) -> bool:
 def pruner_row(row: dict[str, Any]) -> tuple[str, ...]:
     """What a pruner spends and loses."""
     return (
-        LABELS.get(row["method"], row["method"]),
+        LABELS[row["method"]],
         f"{100 * row['spent']['mean']:.0f}%",
         number(row["speedup"]) + "x",
         number(row["regret"], 4),
@@ -46,7 +46,6 @@ def stopping_figure(result: dict[str, Any]) -> Canvas:
     """Epochs against regret for every pruner, and one set of runs with what LC-PFN cut off."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
     for row in filter(is_pruner, result["rows"]):
-        name = LABELS.get(row["method"], row["method"])
         left.errorbar(
             100 * row["spent"]["mean"],
             row["regret"]["mean"],
@@ -55,7 +54,7 @@ def stopping_figure(result: dict[str, Any]) -> Canvas:
             marker="*" if row["method"] == OURS else "o",
             ms=11 if row["method"] == OURS else 5,
             ls="",
-            label=name.replace("**", ""),
+            label=LABELS[row["method"]].replace("**", ""),
         )
     left.set_xlabel("epochs spent (% of all)")
     left.set_ylabel("regret")
