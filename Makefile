@@ -19,7 +19,7 @@ QUICK := tests/ops tests/models tests/inference tests/goldens tests/test_packagi
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick test-slow test-aot lint smollm2 bench clean
+.PHONY: help setup demo test test-quick test-slow test-aot lint smollm2 bench notebooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ smollm2: $(VENV)/.setup  ## fetch SmolLM2-135M-Instruct (Apache-2.0), a real pre
 bench: $(VENV)/.bench  ## compare decoding speed with transformers on PyTorch (installs both)
 	$(BIN)/python -m experiments.bench_decode $(ARGS)
 
+notebooks: $(VENV)/.notebook  ## execute the notebooks again, in place
+	cd notebooks && PYTHONPATH=.. JUPYTER_PREFER_ENV_PATH=1 $(abspath $(BIN))/jupyter-execute --inplace *.ipynb
+
 clean:  ## remove environments, caches and build products (not runs/)
 	rm -rf .venv .venv-next .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -74,4 +77,8 @@ $(VENV)/.aot: $(VENV)/.setup
 
 $(VENV)/.bench: $(VENV)/.setup
 	$(PIP) install $(EDITABLE) -e ".[bench]"
+	@touch $@
+
+$(VENV)/.notebook: $(VENV)/.setup
+	$(PIP) install $(EDITABLE) -e ".[notebook]"
 	@touch $@
