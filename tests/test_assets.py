@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import safetensors
 
-from experiments import measure
+from experiments import lc_pfn_prior, measure
 from inference.drafter import NoDrafter
 from inference.drafters.registry import make_drafter
-from models import decoder
+from models import decoder, lc_pfn_io
 from models.load import ASSETS, Model, load, shipped
 from models.params import count
+from research.approximation.lc_pfn.prior import sample_prior
 
 LIMIT = 30e6
 """Bytes that one checkpoint may have."""
@@ -71,7 +72,9 @@ def test_the_draft_model_fits_the_base_model() -> None:
 
 
 DRAFTERS = sorted(
-    path.parent.name for path in ASSETS.glob("*/config.json") if path.parent.name not in shipped()
+    path.parent.name
+    for path in ASSETS.glob("*/config.json")
+    if path.parent.name not in (*shipped(), *lc_pfn_io.shipped())
 )
 """Heads; each folder's name is that of their target and ends in the drafter's kind."""
 
@@ -115,6 +118,26 @@ def test_drafters_are_complete_small_and_draft(name: str) -> None:
     assert out.tokens_per_pass > 1.3
 
 
+@pytest.mark.parametrize("name", lc_pfn_io.shipped())
+def test_curve_predictors_are_complete_and_know_their_prior(name: str) -> None:
+    """Likelier than the last value with a normal law; intervals cover what they say."""
+    folder = ASSETS / name
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "README.md",
+    }
+    assert sum(path.stat().st_size for path in folder.iterdir()) < LIMIT
+    card = (folder / "README.md").read_text()
+    for fact in ("| command |", "| seed |", "| time |", "| commit |", "| log_likelihood/20 |"):
+        assert fact in card, fact
+    curves = np.asarray(sample_prior(jax.random.key(11), 600).noisy, np.float64)
+    found = lc_pfn_prior.measure_network(lc_pfn_io.load(name), curves[:100], (5, 40))
+    last = lc_pfn_prior.measure_baseline("last", curves[100:], curves[:100], (5, 40))
+    assert (np.array(found["log_likelihood"]) > np.array(last["log_likelihood"]) + 0.3).all()
+    assert 0.85 < np.mean(found["coverage"]) < 0.96
+
+
 def test_only_checkpoints_lie_there() -> None:
     folders = {p.name for p in pathlib.Path(ASSETS).iterdir() if p.is_dir()}
-    assert folders == {*shipped(), *DRAFTERS}
+    assert folders == {*shipped(), *lc_pfn_io.shipped(), *DRAFTERS}
