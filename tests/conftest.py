@@ -35,13 +35,18 @@ MAPPINGS = Path("/proc/self/maps")
 MANY = 15_000
 
 
-@pytest.fixture(autouse=True, scope="module")
-def few_programs() -> Iterator[None]:
-    """Forget compiled programs between modules once there are many.
+def drop_programs() -> None:
+    """Forget compiled programs once there are many.
 
     Each holds memory mappings, of which Linux allows a process 65,530 by default; a compilation
     beyond that ends in a segmentation fault.
     """
-    yield
     if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MANY:
         jax.clear_caches()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs() -> Iterator[None]:
+    """Look after the programs between modules."""
+    yield
+    drop_programs()

@@ -1,5 +1,6 @@
 """The strict settings that `tests/conftest.py` promises are really in force."""
 
+import pathlib
 import warnings
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from ops.attention import merge
+from tests import conftest
 
 
 def test_eight_cpu_devices():
@@ -34,3 +36,16 @@ def test_shapes_of_our_functions_are_checked():
     out, lse = jnp.ones((1, 2, 3, 4)), jnp.ones((1, 2, 3))
     with pytest.raises(TypeCheckError):
         merge(out, lse, out[..., :2], lse)
+
+
+def test_programs_are_dropped_once_there_are_many(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+):
+    mappings = tmp_path / "maps"
+    monkeypatch.setattr(conftest, "MAPPINGS", mappings)
+    double = jax.jit(lambda x: 2 * x)
+    double(jnp.ones(3))
+    for lines, left in ((conftest.MANY, 1), (conftest.MANY + 1, 0)):
+        mappings.write_text("one mapping\n" * lines)
+        conftest.drop_programs()
+        assert double._cache_size() == left
