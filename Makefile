@@ -54,7 +54,7 @@ bench: $(VENV)/.bench  ## compare decoding speed with transformers on PyTorch (i
 	$(BIN)/python -m experiments.bench_decode $(ARGS)
 
 notebooks: $(VENV)/.notebook  ## execute the notebooks again, in place
-	cd notebooks && PYTHONPATH=.. JUPYTER_PREFER_ENV_PATH=1 $(abspath $(BIN))/jupyter-execute --inplace *.ipynb
+	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
 clean:  ## remove environments, caches and build products (not runs/)
 	rm -rf .venv .venv-next .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

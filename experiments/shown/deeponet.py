@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure as Canvas
 
 from experiments.figures import Figure
-from experiments.report import Rendered, Statements, number
+from experiments.report import Rendered, Statements, Table, number
 
 PAGE = "research/approximation/deeponet/README.md"
 
@@ -170,7 +170,11 @@ def solution(result: dict[str, Any]) -> Canvas:
     return figure
 
 
-TABLES: tuple[Rendered, ...] = (Statements("order", PAGE, "deeponet_order"),)
+TABLES: tuple[Rendered, ...] = (
+    Statements("order", PAGE, "deeponet_order"),
+    Table("systems", PAGE, "deeponet_systems", SYSTEM_HEADER, system_row),
+    Statements("systems-statements", PAGE, "deeponet_systems"),
+)
 
 FIGURES = (
     Figure("experiments/results/deeponet_order.svg", "deeponet_order", convergence),
