@@ -174,6 +174,8 @@ TABLES: tuple[Rendered, ...] = (
     Statements("order", PAGE, "deeponet_order"),
     Table("systems", PAGE, "deeponet_systems", SYSTEM_HEADER, system_row),
     Statements("systems-statements", PAGE, "deeponet_systems"),
+    Table("files", PAGE, "deeponet_files", SYSTEM_HEADER, system_row),
+    Statements("files-statements", PAGE, "deeponet_files"),
 )
 
 FIGURES = (

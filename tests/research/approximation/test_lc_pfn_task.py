@@ -58,6 +58,7 @@ def test_a_short_run_learns_and_exports(tmp_path: pathlib.Path):
     assert "LC-PFN, which extrapolates learning curves, trained by" in card
 
 
+@pytest.mark.slow
 def test_runs_of_one_seed_are_the_same_and_borders_are_not_of_the_seed(tmp_path: pathlib.Path):
     config = tiny()
     one, two = (train(config, tmp_path / name).state.trained for name in ("a", "b"))
@@ -168,6 +169,7 @@ def _logits(params: task_module.TaskParams, y: jax.Array, context: int) -> jax.A
     return lc_pfn.forward(params.network, NETWORK, x, y, jnp.array([context]))
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_the_borders(tmp_path: pathlib.Path):
     config = tiny()
     config.compute_dtype = "bfloat16"
