@@ -174,6 +174,8 @@ TABLES: tuple[Rendered, ...] = (
     Statements("order", PAGE, "deeponet_order"),
     Table("systems", PAGE, "deeponet_systems", SYSTEM_HEADER, system_row),
     Statements("systems-statements", PAGE, "deeponet_systems"),
+    Table("pod", PAGE, "deeponet_pod", POD_HEADER, pod_row),
+    Statements("pod-statements", PAGE, "deeponet_pod"),
     Table("files", PAGE, "deeponet_files", SYSTEM_HEADER, system_row),
     Statements("files-statements", PAGE, "deeponet_files"),
 )
@@ -181,4 +183,5 @@ TABLES: tuple[Rendered, ...] = (
 FIGURES = (
     Figure("experiments/results/deeponet_order.svg", "deeponet_order", convergence),
     Figure("experiments/results/deeponet_sensors.svg", "deeponet_sensors", sensors),
+    Figure("experiments/results/deeponet_pod.svg", "deeponet_pod", solution),
 )
