@@ -3,8 +3,8 @@
 python -m train --config=configs/lc_pfn.py --workdir=runs/lc_pfn
 python -m train.export --run=runs/lc_pfn --out=runs/lc-pfn-small
 
-Minutes on one core: about 60 (0.45 s per update, 512,000 curves). Expected: `log_likelihood/5` 1.32,
-`log_likelihood/20` 2.03, `log_likelihood/80` 2.46.
+Minutes on one core: about 60 (0.45 s per update, 512,000 curves). Expected: `log_likelihood/5`
+1.32, `log_likelihood/20` 2.03, `log_likelihood/80` 2.46.
 """
 
 from configs import defaults
