@@ -102,14 +102,9 @@ def run_seed(settings: Settings, seed: int, sets: Sequence[CurveSet]) -> dict[st
         rows[name] = on_prior.measure_baseline(name, train, test, settings.cutoffs)
     best = list(networks.values())[-1]
     print(f"mcmc, seed {seed}", flush=True)
-    few = [part[: settings.mcmc_curves] for part in posterior[:2]]
-    sharp = posterior[2]
-    some = dataclasses.replace(
-        sharp,
-        quantiles=sharp.quantiles[: settings.mcmc_curves],
-        log_density=None if sharp.log_density is None else sharp.log_density[: len(few[0])],
-    )
-    rows["mcmc"] = on_prior.chains(best, few[0], few[1], some, settings.mcmc_steps)
+    few = slice(settings.mcmc_curves)
+    context, truth, sharp = posterior[0][few], posterior[1][few], posterior[2].of(few)
+    rows["mcmc"] = on_prior.chains(best, context, truth, sharp, settings.mcmc_steps)
     rows["mcmc"]["speed_ratio"] = rows["mcmc"]["seconds"] / rows["mcmc"]["network_seconds"]
     rows["sampler"] = {"curves_per_minute": on_prior.sampler_rate()}
     if sets:

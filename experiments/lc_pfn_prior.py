@@ -94,14 +94,7 @@ def reference(seed: int, count: int, draws: int) -> tuple[np.ndarray, np.ndarray
     kept = found.ess > ENOUGH
     if not kept.any() or found.log_density is None:
         raise ValueError(f"no context has {ENOUGH} effective draws: raise --importance_draws.")
-    posterior = Posterior(
-        found.mean[kept],
-        found.std[kept],
-        found.quantiles[kept],
-        found.log_density[kept],
-        found.ess[kept],
-    )
-    return context[kept], truth[kept], posterior
+    return context[kept], truth[kept], found.of(kept)
 
 
 def gap(

@@ -49,6 +49,11 @@ class Posterior:
     log_density: Float[np.ndarray, "c t"] | None
     ess: Float[np.ndarray, " c"]
 
+    def of(self, contexts: Any) -> "Posterior":
+        """Those of some contexts: a slice, a mask or numbers."""
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return Posterior(*(None if value is None else value[contexts] for value in values))
+
 
 def importance_posterior(
     key: Key[Array, ""],
