@@ -4,15 +4,16 @@ One module per family of experiments; a new one is added to both tuples.
 """
 
 from experiments.methods import MethodTable
-from experiments.shown import deeponet, foundation, speculative
+from experiments.shown import deeponet, early_stopping, foundation, speculative
 
 TABLES = (
     MethodTable("methods", "WORKSPACE.md"),
     *foundation.TABLES,
     *speculative.TABLES,
     *deeponet.TABLES,
+    *early_stopping.TABLES,
 )
 """Every committed table."""
 
-FIGURES = (*speculative.FIGURES, *deeponet.FIGURES)
+FIGURES = (*speculative.FIGURES, *deeponet.FIGURES, *early_stopping.FIGURES)
 """Every committed figure."""

@@ -17,10 +17,13 @@ LABELS = {
     "none": "none",
     "median": "median (Optuna)",
     "median-at-once": "median from the second run on (Optuna)",
+    "median-warm": "median from the tenth epoch on (Optuna)",
     "hyperband": "Hyperband (Optuna)",
     "patience-5": "patience of 5 epochs (Optuna)",
     "patience-20": "patience of 20 epochs (Optuna)",
     OURS: "**LC-PFN**",
+    "lc-pfn-99": "LC-PFN, confidence 0.99",
+    "lc-pfn-999": "LC-PFN, confidence 0.999",
     "lc-pfn-final": "LC-PFN, asked about the last epoch alone",
 }
 HEADER = ("pruner", "epochs spent", "fewer epochs", "regret", "best run kept")
@@ -51,8 +54,8 @@ def stopping_figure(result: dict[str, Any]) -> Canvas:
             row["regret"]["mean"],
             xerr=100 * row["spent"]["spread"],
             yerr=row["regret"]["spread"],
-            marker="*" if row["method"] == OURS else "o",
-            ms=11 if row["method"] == OURS else 5,
+            marker="*" if row["method"].startswith(OURS) else "o",
+            ms=10 if row["method"].startswith(OURS) else 5,
             ls="",
             label=LABELS[row["method"]].replace("**", ""),
         )

@@ -5,6 +5,7 @@ what was begun resumes from its last checkpoint. Workers on other machines join 
 on the same folder (or ``--cluster=slurm`` submits them).
 """
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -24,6 +25,7 @@ def main() -> None:
     flags.DEFINE_string(
         "stop", "none", "Pruner: none, median, hyperband, lc_pfn, or module:attribute."
     )
+    flags.DEFINE_list("stop_options", [], "For the pruner, as confidence=0.999,rule=final.")
     flags.DEFINE_string("storage", None, "Database URL for Optuna; else a file in the folder.")
     flags.DEFINE_string("cluster", None, "slurm or local: submit the workers through submitit.")
     flags.DEFINE_list("cluster_options", [], "For submitit, as timeout_min=60,slurm_partition=x.")
@@ -62,7 +64,8 @@ def _launch() -> None:
         raise ValueError(f"--workers={values.workers}: give at least 1.")
     sweep = load_sweep(values.sweep)
     folder = pathlib.Path(values.folder or f"runs/sweeps/{pathlib.Path(values.sweep).stem}")
-    shared = SharedStudy(folder, sweep, values.stop, values.storage)
+    options = _by_name("stop_options", values.stop_options)
+    shared = SharedStudy(folder, sweep, values.stop, values.storage, options)
     finished = True
     if values.worker is not None:
         sys.exit(0 if work(shared, values.mesh) else 3)
@@ -140,6 +143,24 @@ def _show_finished(folder: pathlib.Path, shown: int) -> int:
     return count
 
 
+def _by_name(flag: str, options: Sequence[str]) -> dict[str, int | float | str]:
+    """``NAME=VALUE`` pairs of a flag; numbers as numbers.
+
+    Raises:
+        ValueError: an option without ``=``.
+    """
+    found: dict[str, int | float | str] = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise ValueError(f"--{flag}: {option!r} is not NAME=VALUE.")
+        for kind in (int, float, str):
+            with contextlib.suppress(ValueError):
+                found[name] = kind(value)
+                break
+    return found
+
+
 def _submit(folder: pathlib.Path, cluster: str, options: Sequence[str], workers: int) -> None:
     """Submit the workers as jobs and wait for them.
 
@@ -151,14 +172,8 @@ def _submit(folder: pathlib.Path, cluster: str, options: Sequence[str], workers:
         import submitit
     except ImportError as error:
         raise ValueError("--cluster needs submitit: pip install -e '.[slurm]'.") from error
-    settings: dict[str, int | str] = {}
-    for option in options:
-        name, equals, value = option.partition("=")
-        if not equals:
-            raise ValueError(f"--cluster_options: {option!r} is not NAME=VALUE.")
-        settings[name] = int(value) if value.isdigit() else value
     executor = submitit.AutoExecutor(folder / "jobs", cluster=cluster)
-    executor.update_parameters(**settings)
+    executor.update_parameters(**_by_name("cluster_options", options))
     # A job has its share of a machine from the cluster, so each is the only worker it knows of.
     command = [*_command(0), "--workers=1"]
     with executor.batch():

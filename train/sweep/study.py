@@ -11,9 +11,10 @@ import fcntl
 import json
 import pathlib
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import IO
+from types import MappingProxyType
+from typing import IO, Any
 
 import optuna
 from optuna.storages import JournalStorage
@@ -56,12 +57,20 @@ class SharedStudy:
         sweep: what is swept.
         stop: a key of ``PRUNERS``, or ``module:attribute`` of a pruner that takes no arguments.
         storage: a database URL for Optuna; None: a journal file in the folder.
+        options: of the pruner, by the names of its arguments.
 
     Raises:
-        ValueError: the folder is of another sweep, or the pruner does not fit.
+        ValueError: the folder is of another sweep, or the pruner or an option does not fit.
     """
 
-    def __init__(self, folder: pathlib.Path, sweep: Sweep, stop: str, storage: str | None):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        sweep: Sweep,
+        stop: str,
+        storage: str | None,
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ):
         self.folder, self.sweep = folder, sweep
         (folder / "trials").mkdir(parents=True, exist_ok=True)
         with self._alone():
@@ -69,7 +78,7 @@ class SharedStudy:
                 study_name=folder.resolve().name,
                 storage=storage or JournalStorage(JournalFileBackend(str(folder / "study.log"))),
                 sampler=self._sampler(),
-                pruner=_pruner(stop, sweep),
+                pruner=_pruner(stop, sweep, options),
                 direction="minimize" if sweep.minimize else "maximize",
                 load_if_exists=True,
             )
@@ -184,18 +193,18 @@ class SharedStudy:
                 known.append(point)
 
 
-def _pruner(stop: str, sweep: Sweep) -> optuna.pruners.BasePruner:
+def _pruner(stop: str, sweep: Sweep, options: Mapping[str, Any]) -> optuna.pruners.BasePruner:
     """The pruner of that name; the horizon is the number of evaluations of a whole run.
 
     Raises:
-        ValueError: an unknown name, or a config that never evaluates before its end.
+        ValueError: an unknown name or option, or a config that never evaluates before its end.
     """
     if stop not in PRUNERS and ":" not in stop:
         raise ValueError(
             f"unknown --stop={stop}: choose {', '.join(PRUNERS)}, or module:attribute of a pruner."
         )
     kind = resolve(PRUNERS.get(stop, stop))
-    if stop == "none":
+    if stop == "none" and not options:
         return kind()
     horizons = {horizon(at_point(sweep, point)) for point in example_points(sweep)}
     if min(horizons) < 2:
@@ -209,5 +218,8 @@ def _pruner(stop: str, sweep: Sweep) -> optuna.pruners.BasePruner:
                 f"--stop={stop} needs runs of equal length and the points evaluate "
                 f"{sorted(horizons)} times: let steps / evaluate_every be the same."
             )
-        return kind(horizon=horizons.pop(), minimize=sweep.minimize)
-    return kind()
+        options = {"horizon": horizons.pop(), "minimize": sweep.minimize, **options}
+    try:
+        return kind(**options)
+    except TypeError as error:
+        raise ValueError(f"--stop={stop} does not take --stop_options: {error}.") from error

@@ -13,6 +13,7 @@ from models.sharding import make_mesh
 from tests.train.sweep.sweeps import make
 from train import loop
 from train.sweep import worker
+from train.sweep.__main__ import _by_name
 from train.sweep.plan import at_point, load_sweep
 from train.sweep.report import summary, table, write_report
 from train.sweep.study import SharedStudy
@@ -21,9 +22,13 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 def share(
-    folder: pathlib.Path, plan: sweep.Sweep, stop: str = "none", storage: str | None = None
+    folder: pathlib.Path,
+    plan: sweep.Sweep,
+    stop: str = "none",
+    storage: str | None = None,
+    **options: Any,
 ) -> SharedStudy:
-    return SharedStudy(folder, plan, stop, storage)
+    return SharedStudy(folder, plan, stop, storage, options)
 
 
 def values(shared: SharedStudy) -> list[float | None]:
@@ -113,6 +118,18 @@ def test_optuna_pruners_run(stop: str, tmp_path: pathlib.Path) -> None:
     shared = share(tmp_path, make(points=sweep.product({"seed": [0, 1]})), stop=stop)
     assert worker.work(shared)
     assert all(t.state.is_finished() for t in shared.trials())
+
+
+def test_pruners_take_options(tmp_path: pathlib.Path) -> None:
+    plan = make(points=sweep.product({"seed": [0]}))
+    pruner = share(tmp_path / "a", plan, "hyperband", reduction_factor=2).study.pruner
+    assert isinstance(pruner, optuna.pruners.HyperbandPruner)
+    assert pruner._reduction_factor == 2
+    with pytest.raises(ValueError, match=r"--stop=median does not take --stop_options.*patience"):
+        share(tmp_path / "b", plan, "median", patience=3)
+    assert _by_name("x", ["a=1", "b=0.5", "c=any"]) == {"a": 1, "b": 0.5, "c": "any"}
+    with pytest.raises(ValueError, match="--x: 'a' is not NAME=VALUE"):
+        _by_name("x", ["a"])
 
 
 def test_a_search_draws_its_trials_and_goes_on(tmp_path: pathlib.Path, calls: list) -> None:
