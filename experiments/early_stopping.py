@@ -57,6 +57,7 @@ PRUNERS: dict[str, Make] = {
     "median-at-once": lambda *_: optuna.pruners.MedianPruner(n_startup_trials=1),
     "median-warm": lambda *_: optuna.pruners.MedianPruner(n_warmup_steps=10),
     "hyperband": lambda _, horizon, __: optuna.pruners.HyperbandPruner(max_resource=horizon),
+    "hyperband-warm": lambda _, horizon, __: optuna.pruners.HyperbandPruner(10, horizon),
     "patience-5": lambda *_: _patience(5),
     "patience-20": lambda *_: _patience(20),
     "lc-pfn": lambda model, horizon, least: LCPFNPruner(horizon, least, model),
@@ -64,8 +65,8 @@ PRUNERS: dict[str, Make] = {
     "lc-pfn-999": lambda model, horizon, least: LCPFNPruner(horizon, least, model, 0.999),
     "lc-pfn-final": lambda model, horizon, least: LCPFNPruner(horizon, least, model, rule="final"),
 }
-"""Optuna's at their defaults but for what their names say (``median-at-once`` decides from the second
-run on, ``median-warm`` from the tenth epoch on), and ours at several confidences."""
+"""Optuna's at their defaults but for what their names say (``median-at-once`` decides from the
+second run on, the ``warm`` ones from the tenth epoch on), and ours at several confidences."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +178,15 @@ def _not_beaten(rival: str) -> Callable[[dict[str, Row], int], bool]:
     return test
 
 
-RIVALS = ("median", "median-at-once", "median-warm", "hyperband", "patience-5", "patience-20")
+RIVALS = (
+    "median",
+    "median-at-once",
+    "median-warm",
+    "hyperband",
+    "hyperband-warm",
+    "patience-5",
+    "patience-20",
+)
 STATEMENTS = (
     *(
         Statement(

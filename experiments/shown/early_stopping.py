@@ -19,6 +19,7 @@ LABELS = {
     "median-at-once": "median from the second run on (Optuna)",
     "median-warm": "median from the tenth epoch on (Optuna)",
     "hyperband": "Hyperband (Optuna)",
+    "hyperband-warm": "Hyperband from the tenth epoch on (Optuna)",
     "patience-5": "patience of 5 epochs (Optuna)",
     "patience-20": "patience of 20 epochs (Optuna)",
     OURS: "**LC-PFN**",

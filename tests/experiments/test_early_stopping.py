@@ -102,4 +102,4 @@ def test_statements_compare_both_numbers():
 
     rows = [row("lc-pfn", 0.5, 0.1), row("median", 0.4, 0.2), row("hyperband", 0.4, 0.05)]
     holds = [a["holds"] for a in statements.answer(rows, early_stopping.STATEMENTS, 1)]
-    assert holds == [True, None, True, None, None, False, None, None]
+    assert holds == [True, None, True, None, None, False, None, None, None]
