@@ -82,9 +82,14 @@ def replay(
     order: Sequence[int],
     pruner: optuna.pruners.BasePruner,
     minimize: bool,
+    name: str = "replay",
 ) -> Replay:
-    """Make the runs again in this order. One that is NaN from some epoch on fails there."""
-    study = optuna.create_study(direction="minimize" if minimize else "maximize", pruner=pruner)
+    """Make the runs again in this order. One that is NaN from some epoch on fails there.
+
+    Hyperband's brackets are drawn by the study's name.
+    """
+    direction = "minimize" if minimize else "maximize"
+    study = optuna.create_study(study_name=name, direction=direction, pruner=pruner)
     better = min if minimize else max
     epochs, best = [0] * len(values), np.inf if minimize else -np.inf
     for run in order:
@@ -109,7 +114,7 @@ def replay_set(one: CurveSet, method: str, model: LCPFN, seed: int) -> Replay:
     order = np.random.default_rng(seed).permutation(len(one.values)).tolist()
     minimize = one.normalizer is not None
     pruner = PRUNERS[method](model, one.values.shape[1], minimize)
-    return replay(one.values, order, pruner, minimize)
+    return replay(one.values, order, pruner, minimize, f"{one.name}, order {seed}")
 
 
 def score(one: CurveSet, done: Replay) -> dict[str, float]:

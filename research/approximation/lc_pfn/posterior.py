@@ -51,8 +51,14 @@ class Posterior:
 
     def of(self, contexts: Any) -> "Posterior":
         """Those of some contexts: a slice, a mask or numbers."""
-        values = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return Posterior(*(None if value is None else value[contexts] for value in values))
+        log_density = None if self.log_density is None else self.log_density[contexts]
+        return Posterior(
+            self.mean[contexts],
+            self.std[contexts],
+            self.quantiles[contexts],
+            log_density,
+            self.ess[contexts],
+        )
 
 
 def importance_posterior(
