@@ -178,6 +178,7 @@ TABLES: tuple[Rendered, ...] = (
     Statements("pod-statements", PAGE, "deeponet_pod"),
     Table("files", PAGE, "deeponet_files", SYSTEM_HEADER, system_row),
     Statements("files-statements", PAGE, "deeponet_files"),
+    Table("bench_deeponet", PAGE, "bench_deeponet", BENCH_HEADER, bench_row),
 )
 
 FIGURES = (

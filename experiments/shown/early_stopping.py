@@ -12,6 +12,7 @@ from experiments.report import Rendered, Statements, Table, number
 PAGE = "research/approximation/lc_pfn/README.md"
 RESULT = "early_stopping"
 OURS = "lc-pfn"
+EXAMPLE = "lc-pfn-999"
 
 LABELS = {
     "none": "none",
@@ -48,7 +49,8 @@ def pruner_row(row: dict[str, Any]) -> tuple[str, ...]:
 
 def stopping_figure(result: dict[str, Any]) -> Canvas:
     """Epochs against regret for every pruner, and one set of runs with what LC-PFN cut off."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.4))
+    left.set_prop_cycle(color=plt.get_cmap("tab20").colors)  # pyright: ignore
     for row in filter(is_pruner, result["rows"]):
         left.errorbar(
             100 * row["spent"]["mean"],
@@ -62,7 +64,7 @@ def stopping_figure(result: dict[str, Any]) -> Canvas:
         )
     left.set_xlabel("epochs spent (% of all)")
     left.set_ylabel("regret")
-    left.legend(fontsize=7)
+    left.legend(fontsize=6.5, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     _draw_example(right, next(row for row in result["rows"] if row["method"] == "example"))
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
@@ -71,16 +73,19 @@ def stopping_figure(result: dict[str, Any]) -> Canvas:
 
 
 def _draw_example(axis: Axes, row: dict[str, Any]) -> None:
-    for values, end in zip(row["values"], row["stopped"][OURS], strict=True):
+    for values, end in zip(row["values"], row["stopped"][EXAMPLE], strict=True):
         epochs = range(1, len(values) + 1)
         axis.plot(epochs, values, color="#dadce0", lw=0.7)
         axis.plot(epochs[:end], values[:end], color="#1a73e8", lw=1.1)
         if end < len(values):
             axis.plot(end, values[end - 1], "x", color="#d93025", ms=4)
-    first = sorted(values[0] for values in row["values"])
-    axis.set_ylim(0, 1.1 * first[len(first) // 2])
-    axis.set_xlabel("epoch (blue: made; grey: saved by stopping at the cross)")
-    axis.set_ylabel(f"{row['name']}: reported value")
+    firsts = sorted(values[0] for values in row["values"])
+    least = min(min(values) for values in row["values"])
+    top = firsts[len(firsts) // 2]
+    axis.set_ylim(least - 0.05 * (top - least), top + 0.2 * (top - least))
+    axis.set_xlabel("epoch (blue: made, grey: saved)")
+    axis.set_ylabel("reported value")
+    axis.set_title(f"{row['name']}, {LABELS[EXAMPLE]}", fontsize=9)
 
 
 TABLES: tuple[Rendered, ...] = (
