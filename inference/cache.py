@@ -148,13 +148,23 @@ class Cache:
         return per_slot * jnp.sum(self.length)
 
 
-def init_cache(cfg: Config, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
-    """An empty dense cache for ``batch`` rows of ``capacity`` slots."""
-    shape = (batch, cfg.num_kv_heads, capacity, cfg.head_dim)
+def init_cache(
+    cfg: Config,
+    batch: int,
+    capacity: int,
+    dtype: Any = jnp.float32,
+    key_width: int | None = None,
+) -> Cache:
+    """An empty dense cache for ``batch`` rows of ``capacity`` slots.
+
+    Keys are ``key_width`` wide (default: the head's width), as the attention policy says.
+    """
+    values = (batch, cfg.num_kv_heads, capacity, cfg.head_dim)
+    keys = (*values[:3], cfg.head_dim if key_width is None else key_width)
     # Every leaf is a buffer of its own, so that all of them can be donated.
     return Cache(
         layers=tuple(
-            DenseLayer(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+            DenseLayer(jnp.zeros(keys, dtype), jnp.zeros(values, dtype))
             for _ in range(cfg.num_layers)
         ),
         positions=jnp.zeros((batch, capacity), jnp.int32),

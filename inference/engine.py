@@ -148,7 +148,8 @@ class Engine:
             np.arange(batch) if seeds is None else np.asarray(seeds), jnp.int32
         )
         policy = decoder.default_policy(self.cfg) if self.policy is None else self.policy
-        cache = init_cache(self.cfg, batch, capacity, self.params.final_norm.scale.dtype)
+        dtype = self.params.final_norm.scale.dtype
+        cache = init_cache(self.cfg, batch, capacity, dtype, policy.key_width(self.cfg))
         cache, outputs = self._prefill(cache, policy, tokens, lengths, limit, chunk, chunks)
         request = Request(
             tokens=jnp.asarray(tokens[:, : bucket(longest, 16)]),

@@ -68,6 +68,10 @@ class AttentionPolicy(Protocol):
         """A pytree with a leading layer axis, sliced for ``attend``; None if layers are alike."""
         ...
 
+    def key_width(self, cfg: Any) -> int:
+        """Width of a key as it is cached; values are ``cfg.head_dim`` wide."""
+        ...
+
     def prepare(self, cfg: Any, step: Step) -> Any:
         """What all layers share in one forward pass: rotations, tables, masks."""
         ...
@@ -134,16 +138,58 @@ def make_rope(
     return Rope(angles, rope_angles(slots, inv_freq, factor), rotate_cached_keys=True)
 
 
+@runtime_checkable
+class PositionScheme(Protocol):
+    """A way to rotate that is no setting of the model: a pytree whose numbers are data.
+
+    :class:`DensePolicy` asks it in place of the config's own rotation, so frequencies may be
+    learned, and another scale is no other program.
+    """
+
+    def rope(self, cfg: Any, step: Step, has_cache: bool) -> Rope:
+        """The rotations of one forward pass."""
+        ...
+
+
+@struct.dataclass
+class Frequencies:
+    """The scheme of given frequencies, one for every pair of channels, as data.
+
+    ``positions`` take the place of the step's: those drawn at random in training, real or not.
+    """
+
+    inv_freq: Any  # (rotary_dim / 2,) radians per position
+    factor: Any = 1.0  # on cos and sin
+    positions: Any = None  # (b, t)
+
+    def rope(self, cfg: Any, step: Step, has_cache: bool) -> Rope:
+        """See :class:`PositionScheme`.
+
+        Raises:
+            ValueError: another number of frequencies than the model has pairs of channels.
+        """
+        if self.inv_freq.shape != (cfg.rotary_dim // 2,):
+            raise ValueError(
+                f"{self.inv_freq.shape} frequencies for heads that rotate {cfg.rotary_dim} "
+                f"channels: give {cfg.rotary_dim // 2}."
+            )
+        positions = step.positions if self.positions is None else self.positions
+        angles = rope_angles(positions, self.inv_freq, self.factor)
+        return Rope(q_angles=angles, k_angles=angles)
+
+
 @struct.dataclass
 class DensePolicy:
     """Full attention, causal or not, within an optional sliding window per layer.
 
-    A window w lets query i see keys j with ``0 <= i - j < w``. ``windows`` holds one per layer;
-    layers without a window carry a number beyond any position. ``implementation`` and ``blocks``
-    are those of :func:`ops.attention.attention`; under a mesh see :mod:`models.mesh_attention`.
+    ``scheme`` rotates in place of ``cfg.rope``. A window w lets query i see keys j with
+    ``0 <= i - j < w``. ``windows`` holds one per layer; layers without a window carry a number
+    beyond any position. ``implementation`` and ``blocks`` are those of
+    :func:`ops.attention.attention`; under a mesh see :mod:`models.mesh_attention`.
     """
 
     windows: Any = None  # (layers,) int32
+    scheme: Any = None  # a PositionScheme
     implementation: str = struct.field(pytree_node=False, default="auto")
     blocks: BlockSizes | None = struct.field(pytree_node=False, default=None)
 
@@ -160,8 +206,14 @@ class DensePolicy:
             )
         return self.windows
 
+    def key_width(self, cfg: Any) -> int:
+        """Rotated keys are as wide as a head."""
+        return cfg.head_dim
+
     def prepare(self, cfg: Any, step: Step) -> Rope | None:
-        """The rotations of ``cfg.rope`` (None for models with learned positions)."""
+        """The rotations of ``scheme`` or ``cfg.rope`` (None for models with learned positions)."""
+        if self.scheme is not None:
+            return self.scheme.rope(cfg, step, step.start is not None)
         if cfg.position != "rope":
             return None
         return make_rope(cfg.rope, cfg.rotary_dim, cfg.rope_base, step, step.start is not None)

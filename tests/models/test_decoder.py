@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from models import decoder
-from models.attention import DensePolicy, Step
+from models.attention import DensePolicy, Frequencies, Step
 from models.decoder import LayerChoice
+from models.positions import rope_frequencies
 from tests.models import tiny
 
 CFG = tiny.config(num_layers=4)
@@ -198,6 +199,22 @@ def test_real_positions_shift_nothing_but_distances(full):
     close(moved.hidden, full.hidden, 1e-4)
     stretched = run(tiny.weights(CFG), CFG, tiny.tokens(), step=Step(2 * positions))
     assert float(np.abs(stretched.hidden - full.hidden).max()) > 1e-2
+
+
+def test_a_scheme_rotates_in_place_of_the_config(full):
+    params, out = tiny.weights(CFG), full
+    theta, factor = rope_frequencies(CFG.rope, CFG.rotary_dim, CFG.rope_base)
+    same = run(params, CFG, tiny.tokens(), policy=DensePolicy(scheme=Frequencies(theta, factor)))
+    np.testing.assert_array_equal(same.hidden, out.hidden)
+    halved = run(params, CFG, tiny.tokens(), policy=DensePolicy(scheme=Frequencies(theta / 2)))
+    row = jnp.broadcast_to(jnp.arange(tiny.tokens().shape[1]) / 2, tiny.tokens().shape)
+    moved = DensePolicy(scheme=Frequencies(theta, positions=row))
+    np.testing.assert_allclose(
+        halved.hidden, run(params, CFG, tiny.tokens(), policy=moved).hidden, atol=1e-5
+    )
+    assert np.abs(np.asarray(halved.hidden - out.hidden)).max() > 1e-3
+    with pytest.raises(ValueError, match="give 2"):
+        run(params, CFG, tiny.tokens(), policy=DensePolicy(scheme=Frequencies(theta[:1])))
 
 
 def test_learned_positions_are_added():

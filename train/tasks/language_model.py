@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from models import decoder
-from models.attention import Step
+from models.attention import AttentionPolicy, Step
 from models.params import cast
 from models.tokenizer import Tokenizer, check_vocab
 from train.data.pipeline import DataConfig, evaluation_batches, load_tokens, make_dataset
@@ -54,20 +54,37 @@ class LanguageModel(BaseTask):
 
     def loss(self, params: Any, batch: dict[str, Array], key: Array) -> tuple[Array, dict]:
         """Mean nats per target token."""
-        nats, weight = self.nats(params, batch)
+        nats, weight = self.nats(params, batch, key)
         mean = nats / jnp.maximum(weight, 1.0)
         return mean, {"weight": weight}
 
-    def nats(self, params: Any, batch: dict[str, Array]) -> tuple[Array, Array]:
+    def trunk(self, params: Any) -> decoder.Params:
+        """The decoder within the task's parameters: for tasks that train more than it."""
+        return params
+
+    def policy(self, params: Any, step: Step, key: Array | None) -> AttentionPolicy | None:
+        """How queries meet keys in one pass (None: the model's own way).
+
+        ``key`` is for positions drawn at random while training, and None in an evaluation.
+        """
+        return None
+
+    def nats(
+        self, params: Any, batch: dict[str, Array], key: Array | None = None
+    ) -> tuple[Array, Array]:
         """Sum of nats over the targets of a batch, and their number."""
-        if self.unroll:
-            params = decoder.unstack(params)
-        params = params.replace(
-            segments=tuple(s.replace(layers=wrap_matrices(s.layers)) for s in params.segments)
-        )
         step = Step(batch["positions"], segments=batch["segments"], causal=self.model.causal)
-        out = decoder.forward(params, self.model, batch["tokens"], step=step, remat=self.remat)
-        head = params.embed if params.head is None else params.head.T
+        policy = self.policy(params, step, key)
+        trunk = self.trunk(params)
+        if self.unroll:
+            trunk = decoder.unstack(trunk)
+        trunk = trunk.replace(
+            segments=tuple(s.replace(layers=wrap_matrices(s.layers)) for s in trunk.segments)
+        )
+        out = decoder.forward(
+            trunk, self.model, batch["tokens"], step=step, policy=policy, remat=self.remat
+        )
+        head = trunk.embed if trunk.head is None else trunk.head.T
         nats = token_cross_entropy(out.hidden, head, batch["targets"], batch["mask"])
         return nats, jnp.sum(batch["mask"])
 
