@@ -90,12 +90,27 @@ def pod_row(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         MODELS[row["model"]],
         str(row["modes"] or ""),
+        row.get("activation", "").replace("relu", "ReLU").replace("gelu", "GELU"),
+        f"{row['functions']:,}",
+        f"{row['steps']:,}" if "steps" in row else "",
+        scientific(row["train_mse"]),
+        scientific(row["mse"]),
         percent(row["relative_l2"], 3),
         percent(row["floor"], 3) if "floor" in row else "",
     )
 
 
-POD_HEADER = ("method", "modes", "relative L2", "exact floor of the basis")
+POD_HEADER = (
+    "method",
+    "modes",
+    "activation",
+    "functions",
+    "updates",
+    "training error",
+    "test error",
+    "relative L2",
+    "exact floor of the basis",
+)
 
 
 def bench_row(row: dict[str, Any]) -> tuple[str, ...]:
@@ -171,6 +186,8 @@ def solution(result: dict[str, Any]) -> Canvas:
 
 
 TABLES: tuple[Rendered, ...] = (
+    Table("rivals", PAGE, "deeponet_rivals", RIVAL_HEADER, rival_row),
+    Statements("rivals-statements", PAGE, "deeponet_rivals"),
     Statements("order", PAGE, "deeponet_order"),
     Table("systems", PAGE, "deeponet_systems", SYSTEM_HEADER, system_row),
     Statements("systems-statements", PAGE, "deeponet_systems"),

@@ -103,11 +103,13 @@ def test_what_documents_show() -> None:
         row["mse_without_outliers"], row["seconds"] = row["mse"], record.sample([2.0])
         row["relative_l2"] = row["floor"] = record.sample([0.01, 0.03])
         row |= {"system": "pendulum", "sensors": row["size"], "modes": 4}
+        row |= {"functions": 500, "steps": 4000, "activation": "relu"}
     cells = shown.rival_row(rows[0])
     assert cells[:2] == ("10", "**DeepONet**") and cells[3] == "(4.0 ± 1.4)e-1"
     assert len(cells) == len(shown.RIVAL_HEADER)
     assert shown.system_row(rows[0]) == ("pendulum", "**DeepONet**", cells[3], "2.00 ± 1.41%")
     assert len(shown.pod_row(rows[0])) == len(shown.POD_HEADER)
+    assert shown.pod_row(rows[0])[2:5] == ("ReLU", "500", "4,000")
     assert shown.scientific(record.sample([0.0])) == "0.0e+00"
     result = {"rows": rows, "config": {"steps": 5}}
     legend = shown.convergence(result).axes[0].get_legend()
@@ -158,6 +160,7 @@ def test_the_pod_study_runs() -> None:
     )
     rows, wanted = deeponet_grids.run_pod(settings)
     answers = statements.answer(rows, wanted, 2)
-    assert len(rows) == 7 and all(a["holds"] is not None for a in answers)
+    assert len(rows) == 11 and all(a["holds"] is not None for a in answers)
     by = {row["method"]: row for row in rows}
     assert by["pod-4"]["floor"]["mean"] < by["pod-2"]["floor"]["mean"]
+    assert (by["pod-4-more"]["functions"], by["pod-4-more"]["steps"]) == (80, 100)
