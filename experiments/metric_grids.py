@@ -1,12 +1,15 @@
 """MetricGrids against a plain hash grid, on small images and on signed distances.
 
     python -m experiments.metric_grids --part=table
+    python -m experiments.metric_grids --part=variants
     python -m experiments.metric_grids --part=total
+    python -m experiments.metric_grids --part=photo --signals=IMAGE.png
     python -m experiments.metric_grids --part=sdf --signals=torus,MESH.obj
 
-`table` compares at equal tables of three sizes, `total` at equal total parameters, `sdf` in three
-dimensions. Every method takes the best of several learning rates, tried with the first seed on the
-first signal. All fits of a signal run in one compiled loop.
+`table` compares at equal tables of three sizes, `variants` two other designs at one of them,
+`total` at equal total parameters, `photo` on whole images, `sdf` in three dimensions. Every method
+takes the best of several learning rates, tried with the first seed on the first signal. All fits of
+a signal run in one compiled loop.
 """
 
 import base64
@@ -34,7 +37,7 @@ from research.approximation.metric_grids import fit, sdf
 from research.approximation.metric_grids.images import load_image, pixel_centres, psnr
 from research.approximation.metric_grids.shapes import Shape
 
-PARTS = ("table", "total", "sdf")
+PARTS = ("table", "variants", "total", "photo", "sdf")
 METHODS = ("ngp", "one-grid", "no-modulators", "full", "separate", "siren")
 
 
@@ -58,11 +61,19 @@ class Settings:
 DEFAULTS: dict[str, dict[str, Any]] = {
     "table": {
         "signals": ("astronaut", "coffee"), "sizes": (8, 9, 10), "crop": 96, "steps": 500,
-        "methods": METHODS,
+        "methods": ("ngp", "one-grid", "no-modulators", "full"),
+    },
+    "variants": {
+        "signals": ("astronaut", "coffee"), "sizes": (9,), "crop": 96, "steps": 500,
+        "methods": ("full", "separate", "siren"),
     },
     "total": {
         "signals": ("astronaut", "coffee"), "sizes": (9,), "crop": 128, "steps": 1000,
         "methods": ("ngp", "one-grid", "full"),
+    },
+    "photo": {
+        "signals": ("astronaut", "coffee"), "sizes": (12,), "crop": 0, "steps": 1000,
+        "methods": ("ngp", "one-grid", "full"), "batch": 16384,
     },
     "sdf": {
         "signals": ("torus", "csg"), "sizes": (12,), "crop": 0, "steps": 1000,
@@ -70,6 +81,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Settings of each part where a flag is not given."""
+
+FINEST = {"photo": 256, "sdf": 128}
+"""Vertices per axis of the finest level, where they are not 64."""
+
+SHOWN = 128
+"""Pixels per side of what is kept of a fit, from the middle of the image."""
 
 COMMON_RATE = 1e-3
 """The rate of the comparison at equal rates: the official one."""
@@ -91,8 +108,10 @@ class Signal:
     original: str  # the same of the signal itself
 
 
-def make_field(method: str, dims: int, channels: int, log2_size: int, budget: int = 0) -> Field:
-    """A method's field: 8 levels, to 64 vertices per axis for images and 128 for shapes.
+def make_field(
+    method: str, dims: int, channels: int, log2_size: int, budget: int = 0, finest: int = 64
+) -> Field:
+    """A method's field: 8 levels, the finest of ``finest`` vertices per axis.
 
     ``siren`` has no table; it is as wide as makes it about as large as ``full``. With a ``budget``
     of parameters ``ngp`` takes the table that brings it nearest to that.
@@ -100,9 +119,7 @@ def make_field(method: str, dims: int, channels: int, log2_size: int, budget: in
     Raises:
         ValueError: an unknown method.
     """
-    grid = HashGridConfig(
-        dims, 8, 2, log2_size, base_res=8 if dims == 2 else 16, max_res=64 if dims == 2 else 128
-    )
+    grid = HashGridConfig(dims, 8, 2, log2_size, base_res=8 if finest == 64 else 16, max_res=finest)
     full = MetricGrids(grid, channels)
     if method == "ngp":
         sizes = range(log2_size, log2_size + 6 if budget else log2_size + 1)
@@ -153,10 +170,22 @@ def load_crop(name: str, crop: int) -> np.ndarray:
     return values
 
 
-def image_signal(name: str, crop: int) -> Signal:
-    """A crop as a signal, all pixels in every step; quality is PSNR in dB."""
+def image_signal(name: str, crop: int, batch: int = 0) -> Signal:
+    """An image or its crop as a signal; quality is PSNR in dB.
+
+    Every step sees all pixels, or ``batch`` of them: a random partition is made once, and its last
+    part is filled up with pixels of the first.
+    """
     values = load_crop(name, crop)
     centres = pixel_centres(*values.shape[:2])
+    points, targets = centres, values.reshape(-1, values.shape[2])
+    batches = None
+    if batch:
+        batches = -(-len(points) // batch)
+        order = np.resize(np.random.default_rng(0).permutation(len(points)), (batches, batch))
+        points, targets = points[order], targets[order]
+    top, left = (max(0, (side - SHOWN) // 2) for side in values.shape[:2])
+    middle = np.s_[top : top + SHOWN, left : left + SHOWN]
 
     def fitted(field: Field, params: Any) -> np.ndarray:
         return fit.evaluate(field, params, centres).reshape(values.shape)
@@ -166,12 +195,12 @@ def image_signal(name: str, crop: int) -> Signal:
         channels=values.shape[2],
         loss=fit.mean_squared,
         floor=0.01,
-        batches=None,
-        points=centres,
-        targets=values.reshape(-1, values.shape[2]),
+        batches=batches,
+        points=points,
+        targets=targets,
         quality=lambda field, params: psnr(fitted(field, params), values),
-        show=lambda field, params: picture(fitted(field, params)),
-        original=picture(values),
+        show=lambda field, params: picture(fitted(field, params)[middle]),
+        original=picture(values[middle]),
     )
 
 
@@ -255,11 +284,12 @@ def measure(
 ) -> dict[str, Any]:
     """One method at one table size: its own best rate, and the common one, on all seeds."""
     first = signals[0]
+    shape = (first.points.shape[-1], first.channels, size)
+    finest = FINEST.get(settings.part, 64)
     budget = 0
     if settings.part == "total":
-        full = make_field("full", first.points.shape[-1], first.channels, size)
-        budget = count(full.specs())
-    field = make_field(method, first.points.shape[-1], first.channels, size, budget)
+        budget = count(make_field("full", *shape, finest=finest).specs())
+    field = make_field(method, *shape, budget, finest)
     fit_one = functools.partial(fit_all, field, steps=settings.steps)
     tried = fit_one(first, runs=[(rate, settings.seeds[0]) for rate in settings.rates])
     sweep = [quality(first, field, params) for params in tried]
@@ -299,7 +329,8 @@ def load_signals(settings: Settings) -> list[Signal]:
     """
     if settings.part == "sdf":
         return [shape_signal(name, settings) for name in settings.signals]
-    signals = [image_signal(name, settings.crop) for name in settings.signals]
+    batch = settings.batch if settings.part == "photo" else 0
+    signals = [image_signal(name, settings.crop, batch) for name in settings.signals]
     if len({signal.channels for signal in signals}) > 1:
         raise ValueError("the images differ in channels: give colour or grey ones alone.")
     return signals
@@ -364,7 +395,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("crop", 0, "Pixels per side of the middle crop; 0: the whole image.")
     flags.DEFINE_integer("steps", 0, "Updates of every fit.")
     flags.DEFINE_integer("batches", 32, "Batches of points of a shape.")
-    flags.DEFINE_integer("batch", 4096, "Points of a batch.")
+    flags.DEFINE_integer("batch", 4096, "Points of a batch: of a shape, or of a whole image.")
     flags.DEFINE_integer("resolution", 64, "Points per axis of the grid for overlaps.")
     flags.DEFINE_string("label", "", "Ending of the result's name.")
 
