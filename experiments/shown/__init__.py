@@ -4,16 +4,31 @@ One module per family of experiments; a new one is added to both tuples.
 """
 
 from experiments.methods import MethodTable
-from experiments.shown import deeponet, early_stopping, foundation, speculative
+from experiments.shown import (
+    deeponet,
+    early_stopping,
+    foundation,
+    lc_pfn,
+    metric_grids,
+    speculative,
+)
 
 TABLES = (
     MethodTable("methods", "WORKSPACE.md"),
     *foundation.TABLES,
     *speculative.TABLES,
     *deeponet.TABLES,
+    *lc_pfn.TABLES,
     *early_stopping.TABLES,
+    *metric_grids.TABLES,
 )
 """Every committed table."""
 
-FIGURES = (*speculative.FIGURES, *deeponet.FIGURES, *early_stopping.FIGURES)
+FIGURES = (
+    *speculative.FIGURES,
+    *deeponet.FIGURES,
+    *lc_pfn.FIGURES,
+    *early_stopping.FIGURES,
+    *metric_grids.FIGURES,
+)
 """Every committed figure."""

@@ -48,6 +48,10 @@ def percent(value: dict[str, Any], digits: int = 2) -> str:
     return f"{number(scaled, digits)}%"
 
 
+def _ratio(value: float) -> str:
+    return f"{value:.1f}" if value < 1000 else f"{value:.0e}".replace("e+0", "e")
+
+
 def rival_row(row: dict[str, Any]) -> tuple[str, ...]:
     """Cells of the antiderivative's comparison."""
     return (
@@ -56,7 +60,7 @@ def rival_row(row: dict[str, Any]) -> tuple[str, ...]:
         scientific(row["train_mse"]),
         scientific(row["mse"]),
         scientific(row["mse_without_outliers"]),
-        f"{row['ratio']['mean']:.1f}" if row["train_mse"]["mean"] > 1e-12 else "",
+        _ratio(row["ratio"]["mean"]) if row["train_mse"]["mean"] > 1e-12 else "",
         f"{row['seconds']['mean']:.0f}" if "seconds" in row else "",
     )
 

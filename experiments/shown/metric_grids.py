@@ -1,6 +1,7 @@
 """What the documents show of MetricGrids and its baselines."""
 
 import base64
+import dataclasses
 import io
 from typing import Any
 
@@ -9,7 +10,11 @@ import numpy as np
 from matplotlib.figure import Figure as Canvas
 from PIL import Image
 
-from experiments.report import number
+from experiments import record
+from experiments.figures import Figure
+from experiments.report import Rendered, Statements, caption, markdown, number
+
+PAGE = "research/approximation/metric_grids/README.md"
 
 NAMES = {
     "ngp": "instant-ngp, ReLU 2 x 64",
@@ -59,6 +64,22 @@ def header(result: dict[str, Any], quality: str) -> tuple[str, ...]:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The table of one part of the experiment; a column per signal."""
+
+    name: str
+    result: str
+    quality: str
+    document: str = PAGE
+
+    def render(self) -> str:
+        """Its Markdown."""
+        result = record.load(self.result)
+        rows = [metric_grids_row(row) for row in result["rows"]]
+        return f"{markdown(header(result, self.quality), rows)}\n\n{caption(result)}"
+
+
 def quality_against_bytes(result: dict[str, Any]) -> Canvas:
     """One line per method over its table sizes; bars are the seeds' spread."""
     figure, axis = plt.subplots(figsize=(6, 3.6))
@@ -99,10 +120,10 @@ def reconstructions(result: dict[str, Any]) -> Canvas:
     rows = result["rows"]
     originals = rows[0]["originals"]
     name = next(iter(originals))
-    largest = max(result["config"]["sizes"])
-    size = f"-{largest}"
-    last = [row for row in rows if row["method"].endswith(size) or "-" not in row["method"]]
-    last = [row for row in last if row["field"] in ("ngp", "one-grid", "full")] or rows
+    last = [row for row in rows if row["field"] in ("ngp", "one-grid", "full")] or rows
+    if result["config"]["part"] == "table":
+        largest = max(result["config"]["sizes"])
+        last = [row for row in last if row["log2_size"] == largest]
     original = read_picture(originals[name])
     figure, axes = plt.subplots(2, 1 + len(last), figsize=(2.2 * (1 + len(last)), 4.6))
     shape = result["config"]["part"] == "sdf"
@@ -129,3 +150,21 @@ def _draw(axis: Any, values: np.ndarray, shape: bool) -> None:
     if shape:
         axis.contour(values[..., 0], levels=[0.5], colors=COLOURS["full"], linewidths=1)
     axis.axis("off")
+
+
+PARTS = {"table": "PSNR", "variants": "PSNR", "total": "PSNR", "photo": "PSNR", "sdf": "overlap"}
+
+TABLES: tuple[Rendered, ...] = tuple(
+    table
+    for part, quality in PARTS.items()
+    for table in (
+        Comparison(part, f"metric_grids_{part}", quality),
+        Statements(f"{part}-statements", PAGE, f"metric_grids_{part}"),
+    )
+)
+
+FIGURES = (
+    Figure("experiments/results/metric_grids.svg", "metric_grids_table", quality_against_bytes),
+    Figure("experiments/results/metric_grids_photo.svg", "metric_grids_photo", reconstructions),
+    Figure("experiments/results/metric_grids_sdf.svg", "metric_grids_sdf", reconstructions),
+)
