@@ -59,7 +59,7 @@ def run_facts(run: pathlib.Path, trained: Trained, windows_per_epoch: int | None
     for name, value in (evaluations[-1] if evaluations else {}).items():
         if name.startswith("evaluation/") and value is not None:
             where = "" if evaluations[-1]["step"] == trained.step else " (an earlier update)"
-            facts[name.removeprefix("evaluation/")] = f"{value:.4f}{where}"
+            facts[name.removeprefix("evaluation/")] = f"{value:.4g}{where}"
     return facts | _launch_facts(run)
 
 

@@ -257,7 +257,7 @@ class _Loop:
         values = {f"evaluation/{name}": value for name, value in self.evaluation.items()}
         if values and self.writer:
             self.writer.write(step, values)
-            shown = "  ".join(f"{name} {value:.4f}" for name, value in self.evaluation.items())
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in self.evaluation.items())
             print(f"step {step} evaluation: {shown}", file=sys.stderr, flush=True)
         self._to_board(step, values)
 

@@ -119,7 +119,7 @@ class Progress:
         if not self._silent:
             left = overall * (self._steps - step)
             print(
-                f"step {step}/{self._steps}  loss {values['loss']:.4f}  "
+                f"step {step}/{self._steps}  loss {values['loss']:.4g}  "
                 f"{seconds:.3f} s/step  {rate:,.0f} units/s  left {_clock(left)}",
                 file=sys.stderr,
                 flush=True,
