@@ -3,6 +3,9 @@
 Slots of a row, from the left: ``length`` committed ones, then ``scratch`` appended but not yet
 kept, then stale ones, which may hold anything and are never seen. A decoding round appends its
 draft as scratch and then commits the accepted path; what was rejected becomes stale.
+
+Under a mesh with an axis ``context`` the slots of keys and values are split over it
+(:mod:`inference.slots`); the positions, four bytes a slot, are on every device of that axis.
 """
 
 import dataclasses
@@ -13,6 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from inference.slots import take_slots, write_run, write_slots, write_whole_run
 from models.decoder import Config
 
 
@@ -28,8 +32,8 @@ class DenseLayer:
     ) -> "DenseLayer":
         """Write ``t`` new entries from each row's slot ``start`` on."""
         return DenseLayer(
-            _write_run(self.k, jnp.swapaxes(k, 1, 2), start),
-            _write_run(self.v, jnp.swapaxes(v, 1, 2), start),
+            write_run(self.k, jnp.swapaxes(k, 1, 2), start),
+            write_run(self.v, jnp.swapaxes(v, 1, 2), start),
         )
 
     def read(self, extent: int | None) -> tuple[Float[Array, "b s g d"], Float[Array, "b s g dv"]]:
@@ -44,18 +48,16 @@ class DenseLayer:
         v: Float[Array, "b t g dv"],
     ) -> "DenseLayer":
         """Overwrite chosen slots in place, as block caches of diffusion models do."""
-        row = jnp.arange(slots.shape[0])[:, None]
         return DenseLayer(
-            self.k.at[row, :, slots].set(k.astype(self.k.dtype)),
-            self.v.at[row, :, slots].set(v.astype(self.v.dtype)),
+            write_slots(self.k, jnp.swapaxes(k, 1, 2), slots),
+            write_slots(self.v, jnp.swapaxes(v, 1, 2), slots),
         )
 
     def gather(self, source: Int[Array, "b p"], start: Int[Array, " b"]) -> "DenseLayer":
         """Copy the entries of slots ``source`` to the run of slots from ``start`` on."""
-        index = source[:, None, :, None]
         return DenseLayer(
-            _write_run(self.k, jnp.take_along_axis(self.k, index, axis=2), start),
-            _write_run(self.v, jnp.take_along_axis(self.v, index, axis=2), start),
+            write_run(self.k, take_slots(self.k, source), start),
+            write_run(self.v, take_slots(self.v, source), start),
         )
 
 
@@ -85,9 +87,9 @@ class Cache:
         caller keeps ``length + scratch + t`` within the capacity (:func:`check_capacity`).
         """
         start = self.length + self.scratch
-        marked = _write_run(self.positions[:, None, :, None], positions[:, None, :, None], start)
+        marked = _write_positions(self.positions, positions, start)
         return dataclasses.replace(
-            self, positions=marked[:, 0, :, 0], scratch=self.scratch + positions.shape[1]
+            self, positions=marked, scratch=self.scratch + positions.shape[1]
         ), start
 
     def commit(self, path: Int[Array, "b p"] | None, n: Int[Array, " b"]) -> "Cache":
@@ -102,13 +104,10 @@ class Cache:
         if path is not None:
             source = self.length[:, None] + jnp.maximum(path, 0)
             moved = jnp.take_along_axis(self.positions, source, axis=1)
-            positions = _write_run(
-                self.positions[:, None, :, None], moved[:, None, :, None], self.length
-            )
             cache = dataclasses.replace(
                 self,
                 layers=tuple(layer.gather(source, self.length) for layer in self.layers),
-                positions=positions[:, 0, :, 0],
+                positions=_write_positions(self.positions, moved, self.length),
             )
         length = self.length + n
         last = jnp.take_along_axis(cache.positions, jnp.maximum(length - 1, 0)[:, None], axis=1)
@@ -183,12 +182,9 @@ def check_capacity(needed: int, capacity: int, what: str) -> None:
         )
 
 
-def _write_run(buffer: Array, new: Array, start: Int[Array, " b"]) -> Array:
-    """``buffer[b, :, start[b] : start[b] + t] = new[b]``, with the slot axis at 2."""
-    new = new.astype(buffer.dtype)
-    if buffer.shape[0] == 1:
-        # One contiguous write; the batched form below becomes a scatter.
-        return jax.lax.dynamic_update_slice_in_dim(buffer, new, start[0], axis=2)
-    return jax.vmap(lambda row, x, at: jax.lax.dynamic_update_slice_in_dim(row, x, at, axis=1))(
-        buffer, new, start
-    )
+def _write_positions(
+    positions: Int[Array, "b s"], new: Int[Array, "b t"], start: Int[Array, " b"]
+) -> Int[Array, "b s"]:
+    """``positions[b, start[b] : start[b] + t] = new[b]``."""
+    buffer, run = positions[:, None, :, None], new[:, None, :, None]
+    return write_whole_run(buffer, run.astype(positions.dtype), start)[:, 0, :, 0]

@@ -149,7 +149,7 @@ class Engine:
         )
         policy = decoder.default_policy(self.cfg) if self.policy is None else self.policy
         dtype = self.params.final_norm.scale.dtype
-        cache = init_cache(self.cfg, batch, capacity, dtype, policy.key_width(self.cfg))
+        cache = self._empty_cache(batch, capacity, dtype, policy.key_width(self.cfg))
         cache, outputs = self._prefill(cache, policy, tokens, lengths, limit, chunk, chunks)
         request = Request(
             tokens=jnp.asarray(tokens[:, : bucket(longest, 16)]),
@@ -197,9 +197,7 @@ class Engine:
             done, length = (np.asarray(x) for x in (state.done, state.cache.length))
             if done.all():
                 return state
-            extent = min(
-                bucket(int(length[~done].max()) + self.drafter.width), state.cache.capacity
-            )
+            needed = int(length[~done].max()) + self.drafter.width
             state = decode_rounds(
                 self.params,
                 self.cfg,
@@ -211,7 +209,7 @@ class Engine:
                 sampling,
                 eos_array,
                 max_rounds,
-                extent=extent,
+                extent=self._extent(needed, state.cache.capacity),
                 rule=rule,
             )
             if after_call is not None:
@@ -232,7 +230,6 @@ class Engine:
         for i in range(chunks):
             counts = np.clip(lengths - 1 - i * chunk, 0, chunk).astype(np.int32)
             piece = tokens[:, i * chunk : (i + 1) * chunk]
-            extent = min(bucket((i + 1) * chunk), cache.capacity)
             cache, part = prefill_chunk(
                 self.params,
                 self.cfg,
@@ -241,7 +238,7 @@ class Engine:
                 jnp.asarray(piece),
                 jnp.asarray(counts),
                 limit,
-                extent=extent,
+                extent=self._extent((i + 1) * chunk, cache.capacity),
                 outputs=needs,
             )
             parts.append(part)
@@ -249,6 +246,13 @@ class Engine:
         if not parts:
             return cache, TargetOutputs(tokens=jnp.zeros((len(lengths), 0), jnp.int32))
         return cache, _concatenate(parts)
+
+    def _empty_cache(self, batch: int, capacity: int, dtype: Any, key_width: int) -> Cache:
+        return init_cache(self.cfg, batch, capacity, dtype, key_width)
+
+    def _extent(self, needed: int, capacity: int) -> int:
+        """The slots that attention reads if ``needed`` are filled."""
+        return min(bucket(needed), capacity)
 
     def _check(
         self,

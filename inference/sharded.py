@@ -1,17 +1,18 @@
 """Decoding over a mesh: where weights and state lie, and an engine that puts them there.
 
-Rows go over data and fsdp, key heads over tensor, weights by the sharding rules. What the rules
-cannot divide is on every device.
+Rows go over data and fsdp, key heads over tensor, cache slots over context, weights by the sharding
+rules. What the rules cannot divide is on every device.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from inference.cache import Cache
+from inference.cache import Cache, DenseLayer, init_cache
 from inference.engine import Engine
 from inference.loop import State
 from models import decoder
@@ -38,20 +39,39 @@ def weight_shardings(cfg: decoder.Config, mesh: Mesh, rules: ShardingRules) -> d
 def state_shardings(state: State, mesh: Mesh, rules: ShardingRules) -> State:
     """The sharding of every leaf of a state (arrays or ``ShapeDtypeStruct``).
 
-    Leaves whose first axis is the batch are split by rows; keys and values also by key heads. The
-    drafter's state is split by rows unless it has none, as shared state has not.
+    Leaves whose first axis is the batch are split by rows, the target's keys and values also by key
+    heads. Dense keys and values, a drafter's own too, are split by rows, key heads and slots. Shared
+    state of a drafter has no rows and is on every device.
     """
     batch = state.length.shape[0]
+    shardings = _shardings(state, batch, mesh, rules)
+    return shardings.replace(cache=cache_shardings(state.cache, mesh, rules))
 
-    def by_rows(leaf: Any, *axes: str | None) -> NamedSharding:
+
+def cache_shardings(cache: Cache, mesh: Mesh, rules: ShardingRules) -> Cache:
+    """The sharding of every leaf of a target's cache (arrays or ``ShapeDtypeStruct``)."""
+    batch = cache.length.shape[0]
+    shardings = _shardings(cache, batch, mesh, rules)
+    return shardings.replace(layers=_shardings(cache.layers, batch, mesh, rules, "kv_heads"))
+
+
+def _shardings(tree: Any, batch: int, mesh: Mesh, rules: ShardingRules, *axes: str) -> Any:
+    """Shardings by rows, then ``axes``; dense layers by rows, key heads and slots."""
+
+    def place(leaf: Any, *axes: str) -> NamedSharding:
         rows = leaf.ndim > 0 and leaf.shape[0] == batch
         names = (("batch" if rows else None), *axes, *[None] * leaf.ndim)[: leaf.ndim]
         return rules.sharding(names, leaf.shape, mesh)
 
-    shardings = jax.tree.map(by_rows, state)
-    cache: Cache = state.cache
-    layers = jax.tree.map(lambda leaf: by_rows(leaf, "kv_heads"), cache.layers)
-    return shardings.replace(cache=shardings.cache.replace(layers=layers))
+    def is_dense(node: Any) -> bool:
+        return isinstance(node, DenseLayer)
+
+    def one(node: Any) -> Any:
+        if is_dense(node):
+            return jax.tree.map(lambda leaf: place(leaf, "kv_heads", "length"), node)
+        return place(node, *axes)
+
+    return jax.tree.map(one, tree, is_leaf=is_dense)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +101,20 @@ class ShardedEngine(Engine):
                     self.rules.sharding(("batch",), seeds_array.shape, self.mesh),
                 ),
             )
+
+    def _empty_cache(self, batch: int, capacity: int, dtype: Any, key_width: int) -> Cache:
+        """Made where it lies: no device ever holds all of it."""
+        make = functools.partial(init_cache, self.cfg, batch, capacity, dtype, key_width)
+        place = cache_shardings(jax.eval_shape(make), self.mesh, self.rules)
+        return jax.jit(make, out_shardings=place)()
+
+    def _extent(self, needed: int, capacity: int) -> int:
+        """All slots where they are split: the first ones alone would have to be moved.
+
+        The kernels skip blocks past a row's end all the same.
+        """
+        split = self.mesh.shape["context"] > 1
+        return capacity if split else super()._extent(needed, capacity)
 
     def run(
         self,

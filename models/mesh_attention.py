@@ -1,22 +1,21 @@
-"""Attention over the devices of a mesh: a kernel is called inside ``shard_map``, the rest is not.
+"""Attention over the devices of a mesh: called inside ``shard_map`` where XLA could not divide it.
 
-XLA divides its own operations between devices, but it refuses to divide a Pallas kernel. The mesh
-is the one in force where the program is traced (``jax.set_mesh``), so that nothing has to hand it
-down to the layers.
+XLA divides its own operations between devices, but it refuses to divide a Pallas kernel, and it
+would gather the slots that the axis ``context`` splits. The mesh is the one in force where the
+program is traced (``jax.set_mesh``), so that nothing has to hand it down to the layers.
 """
 
 import functools
 import math
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from models.sharding import DEFAULT_RULES
+from models.context_attention import context_attention
+from models.sharding import dividing, mesh_in_force
 from ops.attention import AttentionMask, BlockSizes, attention
 from ops.platform import target_platform
-
-_AXES = dict(DEFAULT_RULES)
 
 
 def mesh_attention(
@@ -30,39 +29,33 @@ def mesh_attention(
 ) -> Float[Array, "b t h dv"]:
     """:func:`ops.attention.attention` under whatever mesh is in force.
 
-    Rows go over the axes of ``batch`` and heads over those of ``heads`` in the default sharding
-    rules; each device runs the kernel on its part, and nothing is exchanged. Where the rows, or
-    the query and key heads, are no multiple of the axes' sizes, every device computes all of them.
+    Rows go over the axes of ``batch``, heads over those of ``heads`` and slots over that of
+    ``length`` in the default sharding rules. For rows and heads nothing is exchanged; for slots see
+    :mod:`models.context_attention`. What the axes' sizes do not divide, every device computes.
 
     Raises:
         ValueError: see :func:`ops.attention.attention`.
     """
     call = functools.partial(attention, implementation=implementation, blocks=blocks)
     chosen = target_platform() if implementation == "auto" else implementation
-    mesh = jax.sharding.get_abstract_mesh()
-    divided = not mesh.empty and mesh.size > 1 and AxisType.Manual not in mesh.axis_types
-    if chosen not in ("tpu", "interpret") or not divided:
+    mesh = mesh_in_force()
+    slots = None if mesh is None else dividing(mesh, "length", k.shape[1])
+    if mesh is None or (chosen not in ("tpu", "interpret") and slots is None):
         return call(q, k, v, mask=mask)
-    rows = _dividing(mesh, "batch", q.shape[0])
-    heads = PartitionSpec(rows, None, _dividing(mesh, "heads", math.gcd(q.shape[2], k.shape[2])))
+    rows = dividing(mesh, "batch", q.shape[0])
+    heads = dividing(mesh, "heads", math.gcd(q.shape[2], k.shape[2]))
+    # The interpreter's own loops do not type what varies between devices.
+    over = functools.partial(jax.shard_map, mesh=mesh, check_vma=chosen != "interpret")
+    if slots is not None:
+        return context_attention(call, q, k, v, mask, over, rows, heads, slots[0])
+    placed = PartitionSpec(rows, None, heads)
 
     def of_mask(x: Array) -> PartitionSpec:
         # A field without rows of its own (a window, a broadcast batch) is the same everywhere.
         return PartitionSpec(rows) if x.ndim and x.shape[0] == q.shape[0] else PartitionSpec()
 
-    return jax.shard_map(
+    return over(
         lambda q, k, v, mask: call(q, k, v, mask=mask),
-        mesh=mesh,
-        in_specs=(heads, heads, heads, jax.tree.map(of_mask, mask)),
-        out_specs=heads,
-        # The interpreter's own loops do not type what varies between devices.
-        check_vma=chosen != "interpret",
+        in_specs=(placed, placed, placed, jax.tree.map(of_mask, mask)),
+        out_specs=placed,
     )(q, k, v, mask)
-
-
-def _dividing(mesh: jax.sharding.AbstractMesh, logical: str, size: int) -> tuple[str, ...] | None:
-    """The mesh axes of a logical one if they divide ``size``, else None: replicated."""
-    wanted = _AXES[logical]
-    names = (wanted,) if isinstance(wanted, str) else wanted
-    names = tuple(name for name in names if mesh.shape.get(name, 1) > 1)
-    return names if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None

@@ -6,7 +6,7 @@ import re
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
@@ -59,6 +59,27 @@ def make_mesh(sizes: dict[str, int] | str = "", devices: list | np.ndarray | Non
         )
     # A Mesh built directly has automatic axes; jax.make_mesh would make them explicit.
     return Mesh(devices.reshape(-1)[:needed].reshape(shape), MESH_AXES)
+
+
+def mesh_in_force() -> AbstractMesh | None:
+    """The mesh that the program is traced under (``jax.set_mesh``).
+
+    None where there is nothing to divide: no mesh, one device, or inside ``shard_map``.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    divided = not mesh.empty and mesh.size > 1 and AxisType.Manual not in mesh.axis_types
+    return mesh if divided else None
+
+
+def dividing(mesh: AbstractMesh, logical: str, size: int) -> tuple[str, ...] | None:
+    """The mesh axes of a logical one in the default rules if they divide ``size``.
+
+    None, replicated, if they do not or have size 1.
+    """
+    wanted = dict(DEFAULT_RULES)[logical]
+    names = (wanted,) if isinstance(wanted, str) else wanted
+    names = tuple(name for name in names if mesh.shape.get(name, 1) > 1)
+    return names if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
 
 
 @dataclasses.dataclass(frozen=True)
