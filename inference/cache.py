@@ -4,8 +4,7 @@ Slots of a row, from the left: ``length`` committed ones, then ``scratch`` appen
 kept, then stale ones, which may hold anything and are never seen. A decoding round appends its
 draft as scratch and then commits the accepted path; what was rejected becomes stale.
 
-Under a mesh with an axis ``context`` the slots of keys and values are split over it
-(:mod:`inference.slots`); the positions, four bytes a slot, are on every device of that axis.
+Under a mesh with an axis ``context`` everything per slot is split over it (:mod:`inference.slots`).
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from inference.slots import take_slots, write_run, write_slots, write_whole_run
+from inference.slots import take_slots, write_run, write_slots
 from models.decoder import Config
 
 
@@ -186,5 +185,4 @@ def _write_positions(
     positions: Int[Array, "b s"], new: Int[Array, "b t"], start: Int[Array, " b"]
 ) -> Int[Array, "b s"]:
     """``positions[b, start[b] : start[b] + t] = new[b]``."""
-    buffer, run = positions[:, None, :, None], new[:, None, :, None]
-    return write_whole_run(buffer, run.astype(positions.dtype), start)[:, 0, :, 0]
+    return write_run(positions[:, None, :, None], new[:, None, :, None], start)[:, 0, :, 0]

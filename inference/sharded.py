@@ -39,39 +39,43 @@ def weight_shardings(cfg: decoder.Config, mesh: Mesh, rules: ShardingRules) -> d
 def state_shardings(state: State, mesh: Mesh, rules: ShardingRules) -> State:
     """The sharding of every leaf of a state (arrays or ``ShapeDtypeStruct``).
 
-    Leaves whose first axis is the batch are split by rows, the target's keys and values also by key
-    heads. Dense keys and values, a drafter's own too, are split by rows, key heads and slots. Shared
-    state of a drafter has no rows and is on every device.
+    Leaves whose first axis is the batch are split by rows; those of caches, a drafter's own too, as
+    in :func:`cache_shardings`. Shared state of a drafter has no rows and is on every device.
     """
-    batch = state.length.shape[0]
-    shardings = _shardings(state, batch, mesh, rules)
-    return shardings.replace(cache=cache_shardings(state.cache, mesh, rules))
+    return _shardings(state, state.length.shape[0], mesh, rules)
 
 
 def cache_shardings(cache: Cache, mesh: Mesh, rules: ShardingRules) -> Cache:
-    """The sharding of every leaf of a target's cache (arrays or ``ShapeDtypeStruct``)."""
-    batch = cache.length.shape[0]
-    shardings = _shardings(cache, batch, mesh, rules)
-    return shardings.replace(layers=_shardings(cache.layers, batch, mesh, rules, "kv_heads"))
+    """The sharding of every leaf of a cache (arrays or ``ShapeDtypeStruct``).
+
+    By rows; dense keys and values also by key heads and slots, other layers by key heads, and
+    positions by slots.
+    """
+    return _shardings(cache, cache.length.shape[0], mesh, rules)
 
 
 def _shardings(tree: Any, batch: int, mesh: Mesh, rules: ShardingRules, *axes: str) -> Any:
-    """Shardings by rows, then ``axes``; dense layers by rows, key heads and slots."""
+    """Shardings by rows, then ``axes``; caches and dense layers in their own way."""
 
     def place(leaf: Any, *axes: str) -> NamedSharding:
         rows = leaf.ndim > 0 and leaf.shape[0] == batch
         names = (("batch" if rows else None), *axes, *[None] * leaf.ndim)[: leaf.ndim]
         return rules.sharding(names, leaf.shape, mesh)
 
-    def is_dense(node: Any) -> bool:
-        return isinstance(node, DenseLayer)
-
     def one(node: Any) -> Any:
-        if is_dense(node):
+        if isinstance(node, DenseLayer):
             return jax.tree.map(lambda leaf: place(leaf, "kv_heads", "length"), node)
+        if isinstance(node, Cache):
+            return Cache(
+                layers=_shardings(node.layers, batch, mesh, rules, "kv_heads"),
+                positions=place(node.positions, "length"),
+                length=place(node.length),
+                scratch=place(node.scratch),
+                next_position=place(node.next_position),
+            )
         return place(node, *axes)
 
-    return jax.tree.map(one, tree, is_leaf=is_dense)
+    return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, Cache | DenseLayer))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 XLA would gather an axis that is split to update or to index it at places that are data. Here each
 device of the mesh axis blends in what falls into its own slots, inside ``shard_map``; only the few
-entries that :func:`take_slots` returns are exchanged. Buffers are (b, g, s, d).
+entries that :func:`take_slots` returns are exchanged. Buffers are (b, g, s, d), of any type.
 """
 
 import functools
@@ -12,22 +12,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Shaped
 
 from models.sharding import dividing, mesh_in_force
 
 
 def write_run(
-    buffer: Float[Array, "b g s d"], new: Float[Array, "b g t d"], start: Int[Array, " b"]
-) -> Float[Array, "b g s d"]:
+    buffer: Shaped[Array, "b g s d"], new: Shaped[Array, "b g t d"], start: Int[Array, " b"]
+) -> Shaped[Array, "b g s d"]:
     """``buffer[b, :, start[b] : start[b] + t] = new[b]``."""
     new = new.astype(buffer.dtype)
-    return _on_shards(_blend_run, write_whole_run, buffer, new, start)
+    return _on_shards(_blend_run, _write_whole_run, buffer, new, start)
 
 
 def write_slots(
-    buffer: Float[Array, "b g s d"], new: Float[Array, "b g t d"], slots: Int[Array, "b t"]
-) -> Float[Array, "b g s d"]:
+    buffer: Shaped[Array, "b g s d"], new: Shaped[Array, "b g t d"], slots: Int[Array, "b t"]
+) -> Shaped[Array, "b g s d"]:
     """``buffer[b, :, slots[b]] = new[b]``; slots of one row are distinct."""
     new = new.astype(buffer.dtype)
 
@@ -46,8 +46,8 @@ def write_slots(
 
 
 def take_slots(
-    buffer: Float[Array, "b g s d"], slots: Int[Array, "b p"]
-) -> Float[Array, "b g p d"]:
+    buffer: Shaped[Array, "b g s d"], slots: Int[Array, "b p"]
+) -> Shaped[Array, "b g p d"]:
     """``buffer[b, :, slots[b]]``."""
 
     def whole(buffer: Array, slots: Array) -> Array:
@@ -64,7 +64,7 @@ def take_slots(
     return _on_shards(shard, whole, buffer, slots, split_result=False)
 
 
-def write_whole_run(buffer: Array, new: Array, start: Int[Array, " b"]) -> Array:
+def _write_whole_run(buffer: Array, new: Array, start: Int[Array, " b"]) -> Array:
     """:func:`write_run` for a buffer whose slots every device has."""
     if buffer.shape[0] == 1:
         # One contiguous write; the batched form below becomes a scatter.
@@ -91,7 +91,7 @@ def _blend_run(buffer: Array, new: Array, start: Array, first: Any, axis: str) -
     entry = skipped[:, None] + jnp.arange(window, dtype=jnp.int32)[None]
     fresh = ((entry >= 0) & (entry < t))[:, None, :, None]
     blended = jnp.where(fresh, cut(padded, skipped + window), cut(buffer, at))
-    return write_whole_run(buffer, blended, at)
+    return _write_whole_run(buffer, blended, at)
 
 
 def _on_shards(
