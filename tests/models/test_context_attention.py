@@ -147,7 +147,7 @@ def test_gradients(t, s):
     want = gradient(arrays(2, t, s), attention)
     with jax.set_mesh(mesh_of("context=4")):
         got = gradient(arrays(2, t, s), mesh_attention)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5), got, want)
 
 
 def test_slots_that_the_axis_does_not_divide_stay_whole():
