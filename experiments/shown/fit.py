@@ -1,0 +1,80 @@
+"""What the documents show of which context fits where."""
+
+import dataclasses
+from typing import Any
+
+from experiments import record
+from experiments.report import Table, markdown
+
+HEADER = (
+    "model",
+    "slice",
+    "mesh",
+    "slots",
+    "fits",
+    "arguments, GiB",
+    "temporaries, GiB",
+    "of the chip's memory",
+    "decoding step, ms",
+    "prompt chunk, ms",
+)
+
+
+def slots(length: int) -> str:
+    """32768 as 32k, 1048576 as 1M; others in full."""
+    for size, unit in ((2**20, "M"), (2**10, "k")):
+        if length % size == 0:
+            return f"{length // size}{unit}"
+    return str(length)
+
+
+def _seconds(found: dict[str, Any]) -> str:
+    if not found["fits"]:
+        return ""
+    return f"{1e3 * found['least_seconds']:.2f} to {1e3 * found['counted_seconds']:.2f}"
+
+
+def row(found: dict[str, Any]) -> tuple[str, ...]:
+    """Cells of one model at one length on one slice: memory of the larger of its two programs."""
+    programs = found["programs"]
+    start = (
+        found["model"],
+        found["slice"],
+        found["mesh"],
+        slots(found["length"]),
+        "yes" if found["fits"] else "no",
+    )
+    times = (_seconds(programs["decode"]), _seconds(programs["prefill"]))
+    if not found["fits"]:
+        return (*start, "", "", "refused", *times)
+    largest = max(programs.values(), key=lambda program: program["total_gib"])
+    return (
+        *start,
+        f"{largest['arguments_gib']:.2f}",
+        f"{largest['temporaries_gib']:.2f}",
+        f"{100 * largest['memory_share']:.0f}% of {found['chip_gib']} GiB",
+        *times,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class FitTable(Table):
+    """A table of compilations: its caption names the compiler and the settings, and no seeds."""
+
+    def render(self) -> str:
+        """The table's Markdown, with its caption."""
+        result = record.load(self.result)
+        config = result["config"]
+        rows = [self.row(r) for r in result["rows"] if self.keep(r)]
+        caption = (
+            f"Per device, {config['rows']} row(s), weights {config['dtype']}, cache "
+            f"{config['cache_dtype']}, chunks of {config['prefill_size']} tokens; compiled by "
+            f"libtpu {result['timing']['libtpu']} with jax {result['versions']['jax']}, commit "
+            f"{(result['commit'] or 'unknown')[:10]}"
+            f"{' (with changes)' if result['modified'] else ''}, {result['date']}: "
+            f"`{result['command']}`"
+        )
+        return f"{markdown(self.header, rows)}\n\n{caption}"
+
+
+TABLES = (FitTable("fit", "WORKSPACE.md", "fit", HEADER, row),)
