@@ -191,9 +191,7 @@ def lowered(
 ) -> jax.stages.Lowered:
     """One of the engine's programs, traced for a TPU over the mesh."""
     weights, state = abstract(cfg, mesh, settings, length)
-    whole = functools.partial(
-        jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec())
-    )
+    whole = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
     rows, policy = settings.rows, decoder.default_policy(cfg)
     with target("tpu"), jax.set_mesh(mesh):
         if program == "prefill":
@@ -362,7 +360,9 @@ def main(_: list[str]) -> None:
     print(markdown(shown.HEADER, [shown.row(row) for row in rows]))
     timing = {"libtpu": metadata.version("libtpu")}
     folder = Path(flags.FLAGS.out) if flags.FLAGS.out else None
-    print("saved", record.save("fit", rows, config=settings, seeds=[], timing=timing, folder=folder))
+    print(
+        "saved", record.save("fit", rows, config=settings, seeds=[], timing=timing, folder=folder)
+    )
 
 
 if __name__ == "__main__":

@@ -101,9 +101,7 @@ def _mask_specs(mask: AttentionMask, batch: int, rows: Any, queries: Any, slots:
             return PartitionSpec()
         return PartitionSpec(rows if value.shape[0] == batch else None, *tail)
 
-    return dataclasses.replace(
-        mask, **{name: spec(name, getattr(mask, name)) for name in axes}
-    )
+    return dataclasses.replace(mask, **{name: spec(name, getattr(mask, name)) for name in axes})
 
 
 def of_shard(mask: AttentionMask, first: Any, size: int) -> AttentionMask:

@@ -1,10 +1,10 @@
 """Pallas TPU kernel: attention of a few queries against a long ragged cache (decode, verify).
 
 Grid (row, key block), the last one sequential. All heads of a row are served by one step, so
-that a step moves enough bytes to hide its overhead. The cache is read in the layout it is stored
-in, [b, s, g, d], and turned to heads-first in VMEM: turning it outside would copy the whole cache
-at every step of a decoding loop. Each row reads only the blocks up to its own length. See the
-README of this folder for the block layout and the costs.
+that a step moves enough bytes to hide its overhead. Keys and values are read heads first,
+[b, g, s, d], as the dense cache of `inference` stores them: its `read` and the turn in here cancel,
+where any other order would copy the whole cache. Each row reads only the blocks up to its own
+length. See the README of this folder for the block layout and the costs.
 """
 
 import functools
@@ -30,10 +30,10 @@ VMEM_BYTES = 40 * 2**20
 def decode_block(rows: int, g: int, d: int, dv: int, itemsize: int) -> int:
     """Default slots per key block: the largest power of two in 128..2048 within BLOCK_BYTES.
 
-    Keys and values are held four times (two buffers, turned, in flight), scores of one group too.
+    Keys and values are held four times (two buffers, two in flight), scores of one group too.
     """
     width = softmax.round_up(d, 128) + softmax.round_up(dv, 128)
-    per_slot = 4 * max(softmax.round_up(g, 8) * width * itemsize, 4 * rows)
+    per_slot = 4 * max(g * width * itemsize, 4 * rows)
     fits = BLOCK_BYTES // per_slot
     return min(2048, max(128, 1 << max(fits, 1).bit_length() - 1))
 
@@ -73,8 +73,8 @@ def decode_attention(
         *_sides(seen, h // g, rows),
         tree,
         q_rows,
-        k,
-        v,
+        jnp.swapaxes(k, 1, 2),
+        jnp.swapaxes(v, 1, 2),
     )
     operands, struct = softmax.over_mesh((*scalars, *tensors))
 
@@ -116,7 +116,7 @@ def _grid(k: Any, v: Any, block_kv: int, rows: int, nodes: int) -> pltpu.Prefetc
         return bi, 0, key_block(bi, ki, first, last)
 
     def at_kv(bi, ki, first, last, *_):
-        return bi, key_block(bi, ki, first, last), 0, 0
+        return bi, 0, key_block(bi, ki, first, last), 0
 
     return pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=4,
@@ -126,16 +126,14 @@ def _grid(k: Any, v: Any, block_kv: int, rows: int, nodes: int) -> pltpu.Prefetc
             pl.BlockSpec((1, 2, block_kv), at_side),
             whole_row(rows, nodes),
             whole_row(g, rows, d),
-            pl.BlockSpec((1, block_kv, g, d), at_kv),
-            pl.BlockSpec((1, block_kv, g, dv), at_kv),
+            pl.BlockSpec((1, g, block_kv, d), at_kv),
+            pl.BlockSpec((1, g, block_kv, dv), at_kv),
         ],
         out_specs=[whole_row(g, rows, dv), whole_row(g, rows, softmax.LANES)],
         scratch_shapes=[
             pltpu.VMEM((g, rows, softmax.LANES), jnp.float32),
             pltpu.VMEM((g, rows, softmax.LANES), jnp.float32),
             pltpu.VMEM((g, rows, dv), jnp.float32),
-            pltpu.VMEM((g, block_kv, d), k.dtype),
-            pltpu.VMEM((g, block_kv, dv), v.dtype),
         ],
     )
 
@@ -185,10 +183,10 @@ def _cost(q: Any, k: Any, v: Any) -> pl.CostEstimate:
 
 def _kernel(
     first, last, start, scale, q_side, k_side, tree, q, k, v, out, lse, top, total, weighted,
-    keys, values, *, slots, segments, nodes,
+    *, slots, segments, nodes,
 ):  # fmt: skip
     bi, ki = pl.program_id(0), pl.program_id(1)
-    block, groups = k.shape[1], k.shape[2]
+    groups, block = k.shape[1], k.shape[2]
 
     @pl.when(ki == 0)
     def _():
@@ -210,12 +208,9 @@ def _kernel(
         return admitted() | (moved > 0.5)
 
     def step(visible):
-        keys[...] = jnp.swapaxes(k[0], 0, 1)
-        values[...] = jnp.swapaxes(v[0], 0, 1)
-
         def one_group(gi, carry):
-            scores = softmax.scores_of(q[0, gi], keys[gi], scale[0], visible)
-            held = softmax.values_of(values[gi], ki, slots)
+            scores = softmax.scores_of(q[0, gi], k[0, gi], scale[0], visible)
+            held = softmax.values_of(v[0, gi], ki, slots)
             top[gi], total[gi], weighted[gi] = softmax.accumulate(
                 scores, held, top[gi], total[gi], weighted[gi]
             )

@@ -64,9 +64,7 @@ def tree_engine(cfg: decoder.Config, texts: list[list[int]], **settings: Any):
     """Drafts are right but for the second row's."""
     whole = [p + new for p, new in zip(prompts(*LENGTHS), texts, strict=True)]
     table = script(whole, 160).at[1].set(0)
-    return engine(
-        cfg, prefill_size=128, drafter=ScriptedTree(), drafter_params=table, **settings
-    )
+    return engine(cfg, prefill_size=128, drafter=ScriptedTree(), drafter_params=table, **settings)
 
 
 def collectives(compiled: Any) -> list[tuple[str, int]]:

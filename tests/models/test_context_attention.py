@@ -85,9 +85,7 @@ BOTH = pytest.mark.parametrize("implementation", ["xla", "interpret"])
 def test_a_step_of_ragged_rows_some_of_which_leave_shards_empty(sizes, window, implementation):
     lengths, s = [1, 16, 17, 64], 64
     q, k, v = arrays(4, 1, s)
-    assert_same(
-        sizes, q, *spoiled(k, v, lengths), cached(lengths, 1, s, window), implementation
-    )
+    assert_same(sizes, q, *spoiled(k, v, lengths), cached(lengths, 1, s, window), implementation)
 
 
 @BOTH

@@ -135,7 +135,7 @@ def test_which_kernel_serves():
 def test_default_key_block_fits():
     assert decode_block(rows=16, g=8, d=128, dv=128, itemsize=2) == 512
     assert decode_block(rows=16, g=32, d=128, dv=128, itemsize=4) == 128
-    assert decode_block(rows=16, g=1, d=64, dv=64, itemsize=2) == 512
+    assert decode_block(rows=16, g=1, d=64, dv=64, itemsize=2) == 2048
     assert decode_block(rows=4096, g=1, d=64, dv=64, itemsize=2) == 128
 
 
