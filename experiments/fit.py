@@ -68,7 +68,7 @@ PROGRAMS = ("prefill", "decode")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is asked. ``mesh`` empty: key heads over tensor as far as they go, slots over context."""
+    """What is asked. An empty ``mesh``: key heads over tensor while they last, then context."""
 
     model: tuple[str, ...]
     slice: tuple[str, ...]
