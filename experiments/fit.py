@@ -242,13 +242,9 @@ def figures(compiled: Any, chip: tpu_slices.Chip, unread: int) -> dict[str, Any]
 
 
 def refusal(message: str) -> str | None:
-    """The compiler's sentence if it refuses a program for want of the chip's memory, else None."""
-    if "RESOURCE_EXHAUSTED" not in message or "hbm" not in message.lower():
-        return None
-    found = re.search(r"Ran out of memory[^\n]*", message)
-    # A full stop ends the sentence only where no digit follows: 16.75G of 15.75G.
-    text = found.group(0) if found else message.splitlines()[0]
-    return re.split(r"\.(?!\d)", text)[0] + "."
+    """What the compiler says if it refuses a program for want of the chip's memory, else None."""
+    found = re.search(r"Ran out of memory[^\n]*\bhbm\b[^\n]*", message, re.IGNORECASE)
+    return found.group(0) if found and "RESOURCE_EXHAUSTED" in message else None
 
 
 def compile_one(lowering: Any, chip: tpu_slices.Chip, unread: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ class Chip:
 
     flops: float
     bandwidth: float
-    memory_gib: float
+    memory_gib: int
 
 
 V5E = Chip(flops=197e12, bandwidth=819e9, memory_gib=16)

@@ -50,7 +50,7 @@ def test_the_mesh_by_key_heads():
     "changes, words",
     [
         ({"model": ("gpt-9",)}, "unknown model 'gpt-9': use llama3-8b, qwen2.5-7b, or a folder"),
-        ({"slice": ("v9-4",)}, "unknown slice 'v9-4': use v5e-8"),
+        ({"slice": ("v9-4",)}, "unknown slice 'v9-4': use one of v5e-8"),
         ({"mesh": "context=4"}, "the mesh context=4 has 4 devices and the slice v5e-16 has 16"),
         ({"mesh": "seq=16"}, "unknown mesh axis 'seq'"),
         ({"lengths": (1001,)}, "the length 1001 must be a multiple of context = 2"),
@@ -78,7 +78,7 @@ def flags_of(**changes: Any) -> types.SimpleNamespace:
 
 def test_flags_become_settings():
     assert fit.settings_of(flags_of()) == asked(lengths=(32768, 131072))
-    with pytest.raises(ValueError, match="lengths are positive integers.*got '32k'"):
+    with pytest.raises(ValueError, match=r"lengths are positive integers.*got '32k'"):
         fit.settings_of(flags_of(lengths=["32k"]))
     with pytest.raises(ValueError, match="at least one each"):
         fit.settings_of(flags_of(model=[]))
@@ -103,7 +103,7 @@ def compiled(flops: float, counted: float) -> Any:
 
 
 def test_memory_and_rooflines_by_hand():
-    chip = tpu_slices.Chip(flops=1e12, bandwidth=GIB, memory_gib=8)
+    chip = tpu_slices.Chip(flops=1e12, bandwidth=float(GIB), memory_gib=8)
     seen = fit.figures(compiled(flops=1e12, counted=7 * GIB), chip, unread=GIB)
     assert seen["arguments_gib"] == 4 and seen["temporaries_gib"] == 2
     assert seen["total_gib"] == 6 and seen["memory_share"] == 0.75
