@@ -141,11 +141,17 @@ def nbytes(specs: Any) -> int:
     )
 
 
-def cast(params: Any, dtype: Any) -> Any:
-    """``params`` with every floating-point leaf in ``dtype``."""
-    return jax.tree.map(
-        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params
-    )
+def cast(params: Any, dtype: Any, keep: Callable[[str], bool] = lambda name: False) -> Any:
+    """``params`` with every floating-point leaf in ``dtype``, but those whose name ``keep`` takes.
+
+    The name of a leaf is that of :func:`path_name`.
+    """
+
+    def one(path: tuple, x: Any) -> Any:
+        changes = jnp.issubdtype(x.dtype, jnp.floating) and not keep(path_name(path))
+        return x.astype(dtype) if changes else x
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def validate(params: Any, specs: Any) -> None:

@@ -93,7 +93,14 @@ def rope_frequencies(
     return jnp.asarray(inv_freq, jnp.float32), jnp.asarray(factor, jnp.float32)
 
 
-def _theta(dim: int, base: Any) -> Any:
+def rope_theta(dim: int, base: float) -> np.ndarray:
+    """The dim/2 default inverse frequencies ``base**(-2j/dim)``, float64 on the host.
+
+    Raises:
+        ValueError: ``dim`` is odd or below 2.
+    """
+    if dim < 2 or dim % 2:
+        raise ValueError(f"rotary width must be even, got {dim}.")
     return base ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
 
 
@@ -106,11 +113,11 @@ def _trained_length(cfg: RopeScaling) -> int:
 
 
 def _default(cfg: RopeScaling, dim: int, base: float, length: Length) -> tuple[Any, Any]:
-    return _theta(dim, base), 1.0
+    return rope_theta(dim, base), 1.0
 
 
 def _linear(cfg: RopeScaling, dim: int, base: float, length: Length) -> tuple[Any, Any]:
-    return _theta(dim, base) / cfg.factor, 1.0
+    return rope_theta(dim, base) / cfg.factor, 1.0
 
 
 def ntk_base(base: float, scale: Any, dim: int) -> Any:
@@ -119,20 +126,22 @@ def ntk_base(base: float, scale: Any, dim: int) -> Any:
 
 
 def _ntk(cfg: RopeScaling, dim: int, base: float, length: Length) -> tuple[Any, Any]:
-    return _theta(dim, ntk_base(base, cfg.factor, dim)), 1.0
+    return rope_theta(dim, ntk_base(base, cfg.factor, dim)), 1.0
 
 
 def _dynamic(cfg: RopeScaling, dim: int, base: float, length: Length) -> tuple[Any, Any]:
     trained = _trained_length(cfg)
     if length is None or isinstance(length, int):
         n = max(length or trained, trained)
-        return _theta(dim, ntk_base(base, cfg.factor * n / trained - (cfg.factor - 1), dim)), 1.0
+        return rope_theta(
+            dim, ntk_base(base, cfg.factor * n / trained - (cfg.factor - 1), dim)
+        ), 1.0
     n = jnp.maximum(jnp.asarray(length, jnp.float32), trained)[..., None]
     scale = cfg.factor * n / trained - (cfg.factor - 1)
     # theta_j * scale**(-2j/(dim-2)): the changed base to the same exponent, kept apart so that a
     # length within the trained one gives the default frequencies exactly.
     exponents = np.arange(0, dim, 2, dtype=np.float64) / (dim - 2)
-    theta = jnp.asarray(_theta(dim, base), jnp.float32)
+    theta = jnp.asarray(rope_theta(dim, base), jnp.float32)
     shape = (1,) * (scale.ndim - 1) + (dim // 2,)
     return theta.reshape(shape) * scale ** jnp.asarray(-exponents, jnp.float32).reshape(shape), 1.0
 
@@ -155,7 +164,7 @@ def _yarn(cfg: RopeScaling, dim: int, base: float, length: Length) -> tuple[Any,
     if low == high:
         high += 0.001
     ramp = np.clip((np.arange(dim // 2) - low) / (high - low), 0.0, 1.0)
-    theta = _theta(dim, base)
+    theta = rope_theta(dim, base)
     if cfg.mscale and cfg.mscale_all_dim:
         factor = _yarn_temperature(cfg.factor, cfg.mscale) / _yarn_temperature(
             cfg.factor, cfg.mscale_all_dim
@@ -167,7 +176,7 @@ def _yarn(cfg: RopeScaling, dim: int, base: float, length: Length) -> tuple[Any,
 
 def _llama3(cfg: RopeScaling, dim: int, base: float, length: Length) -> tuple[Any, Any]:
     trained = _trained_length(cfg)
-    theta = _theta(dim, base)
+    theta = rope_theta(dim, base)
     wavelength = 2 * np.pi / theta
     low, high = cfg.low_freq_factor, cfg.high_freq_factor
     weight = (trained / wavelength - low) / (high - low)
@@ -187,7 +196,7 @@ def _longrope(cfg: RopeScaling, dim: int, base: float, length: Length) -> tuple[
                 f"longrope's {name} has {len(table)} entries but the rotary width "
                 f"{dim} needs {dim // 2}."
             )
-    theta = _theta(dim, base)
+    theta = rope_theta(dim, base)
     short, long = theta / np.asarray(cfg.short_factor), theta / np.asarray(cfg.long_factor)
     factor = math.sqrt(1 + math.log(cfg.factor) / math.log(trained)) if cfg.factor > 1 else 1.0
     if length is None or isinstance(length, int):
@@ -207,7 +216,7 @@ def riflex(period_pair: int, test_length: int) -> RopeFunction:
     """
 
     def function(cfg: RopeScaling, dim: int, base: float, length: Length) -> tuple[Any, Any]:
-        theta = _theta(dim, base)
+        theta = rope_theta(dim, base)
         if test_length > 2 * np.pi / theta[period_pair - 1]:
             theta[period_pair - 1] = 0.9 * 2 * np.pi / test_length
         return theta, 1.0

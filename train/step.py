@@ -63,10 +63,11 @@ def _gradients(
 ) -> tuple[Any, dict[str, Array]]:
     """Weighted mean gradient and metrics over the microbatches of one batch."""
     dtype = DTYPES[config.compute_dtype]
-    rest = cast(rest, dtype)
+    rest = cast(rest, dtype, task.full_precision)
 
     def loss(trained: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
-        value, metrics = task.loss(task.combine(cast(trained, dtype), rest), batch, key)
+        params = task.combine(cast(trained, dtype, task.full_precision), rest)
+        value, metrics = task.loss(params, batch, key)
         return value.astype(jnp.float32), {
             k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()
         }

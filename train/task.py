@@ -118,6 +118,13 @@ class Task(Protocol):
         """The optimiser group of the trained parameter of this name (``params.path_name``)."""
         ...
 
+    def full_precision(self, name: str) -> bool:
+        """Whether the parameter of this name stays as it is under ``config.compute_dtype``.
+
+        Names are those of the trained parameters, or of the rest, each as its own tree.
+        """
+        ...
+
     def optimizer(self, config: TrainConfig, specs: Any) -> optax.GradientTransformation:
         """The rule that turns clipped gradients of the trained parameters into updates."""
         ...
@@ -163,6 +170,10 @@ class BaseTask:
     def group(self, name: str) -> str:
         """One group for all."""
         return MAIN
+
+    def full_precision(self, name: str) -> bool:
+        """None does."""
+        return False
 
     def optimizer(self, config: TrainConfig, specs: Any) -> optax.GradientTransformation:
         """The config's optimiser, per group."""

@@ -76,6 +76,12 @@ def test_cast_leaves_integers():
     assert cast["w"].dtype == jnp.float16 and cast["ids"].dtype == jnp.int32
 
 
+def test_cast_keeps_what_is_named():
+    given = {"w": jnp.ones(2), "exact": {"w": jnp.ones(2)}}
+    cast = params.cast(given, jnp.bfloat16, lambda name: name == "['exact']['w']")
+    assert cast["w"].dtype == jnp.bfloat16 and cast["exact"]["w"].dtype == jnp.float32
+
+
 def test_validate_names_the_first_difference():
     cfg = tiny.config()
     good, specs = tiny.weights(cfg), decoder.specs(cfg)

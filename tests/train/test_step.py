@@ -154,3 +154,17 @@ def test_groups_reach_the_right_parameters():
     start = Stepper(config()).state.trained
     np.testing.assert_array_equal(frozen.second, start.second)
     assert float(jnp.abs(frozen.first - start.first).max()) > 1e-5
+
+
+def test_named_parameters_are_not_rounded(monkeypatch: pytest.MonkeyPatch):
+    """Of the trained ones, and of the rest, which here is one array without a name."""
+    seen, loss = {}, Regression.loss
+
+    def watched(self: Regression, params: Any, batch: Any, key: jax.Array) -> Any:
+        seen.update({name: getattr(params, name).dtype for name in ("first", "second", "scale")})
+        return loss(self, params, batch, key)
+
+    monkeypatch.setattr(Regression, "loss", watched)
+    monkeypatch.setattr(Regression, "full_precision", lambda self, name: name in (".first", ""))
+    Stepper(config({"freeze": True}, compute_dtype="bfloat16")).run(1)
+    assert seen == {"first": jnp.float32, "second": jnp.bfloat16, "scale": jnp.float32}

@@ -12,7 +12,8 @@ from jaxtyping import Array
 
 from models import decoder
 from models.attention import AttentionPolicy, Step
-from models.params import cast
+from models.load import load
+from models.params import cast, validate
 from models.tokenizer import Tokenizer, check_vocab
 from train.data.pipeline import DataConfig, evaluation_batches, load_tokens, make_dataset
 from train.losses import token_cross_entropy
@@ -26,7 +27,8 @@ class LanguageModel(BaseTask):
     """A decoder trained on a corpus; evaluated in bits per byte of held-out text.
 
     ``unroll`` compiles each layer on its own instead of scanning them: longer to compile, and
-    faster on CPU, where a scan copies what the backward pass needs.
+    faster on CPU, where a scan copies what the backward pass needs. ``start_from`` names a model
+    (see :func:`models.load.load`) whose weights training begins with.
     """
 
     model: decoder.Config
@@ -37,10 +39,39 @@ class LanguageModel(BaseTask):
     evaluation_rows: int = 16
     unroll: bool = False
     remat: bool = False
+    start_from: str | None = None
 
     def specs(self) -> decoder.Params:
         """The decoder's parameters."""
         return decoder.specs(self.model)
+
+    def init(self, key: Array, data: grain.IterDataset | None, context: Context) -> Any:
+        """Fresh values of :meth:`specs`, with the decoder of ``start_from`` if one is named.
+
+        Raises:
+            FileNotFoundError: there is no such model.
+            ValueError: it is of another shape or style, or has another tokenizer.
+        """
+        params = super().init(key, data, context)
+        if self.start_from is None:
+            return params
+        return self.with_trunk(params, self._pretrained(context))
+
+    def _pretrained(self, context: Context) -> decoder.Params:
+        model = load(str(self.start_from), jnp.float32, context.mesh, context.rules)
+        theirs, ours = (_comparable(cfg) for cfg in (model.cfg, self.model))
+        if odd := sorted(name for name in ours if ours[name] != theirs[name]):
+            raise ValueError(
+                f"{self.start_from} has {odd[0]} {theirs[odd[0]]!r} and config.task.model has "
+                f"{ours[odd[0]]!r}: give the config of the model to start from."
+            )
+        if Tokenizer.load(self.tokenizer).fingerprint != model.tokenizer.fingerprint:
+            raise ValueError(
+                f"{self.start_from} has another tokenizer than {self.tokenizer}: set "
+                "config.task.tokenizer to the folder of the model to start from."
+            )
+        validate(model.params, decoder.specs(self.model))
+        return model.params
 
     def data(self, context: Context) -> grain.IterDataset:
         """Packed windows of the training split.
@@ -62,6 +93,10 @@ class LanguageModel(BaseTask):
         """The decoder within the task's parameters: for tasks that train more than it."""
         return params
 
+    def with_trunk(self, params: Any, trunk: decoder.Params) -> Any:
+        """The task's parameters with another decoder: the inverse of :meth:`trunk`."""
+        return trunk
+
     def policy(self, params: Any, step: Step, key: Array | None) -> AttentionPolicy | None:
         """How queries meet keys in one pass (None: the model's own way).
 
@@ -70,11 +105,18 @@ class LanguageModel(BaseTask):
         return None
 
     def nats(
-        self, params: Any, batch: dict[str, Array], key: Array | None = None
+        self,
+        params: Any,
+        batch: dict[str, Array],
+        key: Array | None = None,
+        policy: AttentionPolicy | None = None,
     ) -> tuple[Array, Array]:
-        """Sum of nats over the targets of a batch, and their number."""
+        """Sum of nats over the targets of a batch, and their number.
+
+        ``policy`` takes the place of the task's own.
+        """
         step = Step(batch["positions"], segments=batch["segments"], causal=self.model.causal)
-        policy = self.policy(params, step, key)
+        policy = self.policy(params, step, key) if policy is None else policy
         trunk = self.trunk(params)
         if self.unroll:
             trunk = decoder.unstack(trunk)
@@ -91,17 +133,20 @@ class LanguageModel(BaseTask):
         nats = token_cross_entropy(out.hidden, head, batch["targets"], batch["mask"])
         return nats, jnp.sum(batch["mask"])
 
-    def evaluate(self, params: Any, context: Context) -> dict[str, float]:
+    def evaluate(
+        self, params: Any, context: Context, policy: AttentionPolicy | None = None
+    ) -> dict[str, float]:
         """``bits_per_byte`` and ``nats_per_token`` of the whole evaluation split.
 
         Each document starts anew and is read in windows without overlap, so this is an upper
-        bound on what a longer context would give.
+        bound on what a longer context would give. ``policy`` takes the place of the task's own;
+        other numbers in it are not compiled again.
         """
         reading = self._reading(context, self.evaluation_split, self.evaluation_rows)
         add = _evaluation_step(self, DTYPES[context.config.compute_dtype])
         sums = [0.0, 0.0]
         for batch in evaluation_batches(reading):
-            parts = add(params, context.put(batch))
+            parts = add(params, context.put(batch), policy)
             sums = [a + float(b) for a, b in zip(sums, parts, strict=True)]
         nats, count = sums
         return {
@@ -125,4 +170,17 @@ class LanguageModel(BaseTask):
 @functools.cache
 def _evaluation_step(task: LanguageModel, dtype: Any) -> Any:
     """The compiled sums of one batch; kept, so that every evaluation of a run shares it."""
-    return jax.jit(lambda params, batch: task.nats(cast(params, dtype), batch))
+
+    def sums(params: Any, batch: dict[str, Array], policy: Any) -> tuple[Array, Array]:
+        return task.nats(cast(params, dtype, task.full_precision), batch, policy=policy)
+
+    return jax.jit(sums)
+
+
+def _comparable(cfg: decoder.Config) -> dict[str, Any]:
+    """What two configs of the same weights have in common.
+
+    Not the context, nor how it is extended, nor the spread of initial values.
+    """
+    free = ("max_length", "rope", "windows", "init_stddev")
+    return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in free}

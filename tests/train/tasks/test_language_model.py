@@ -11,13 +11,16 @@ import pytest
 
 from configs import tiny_lm
 from models import decoder
-from models.attention import Step
+from models.attention import DensePolicy, Frequencies, Step
+from models.hf import save_hf
+from models.positions import rope_frequencies
 from models.sharding import make_mesh
 from tests.train.text import write_corpus
 from train import loop
 from train.config import TrainConfig, build, build_task
 from train.data.pipeline import DataConfig, load_tokens
 from train.task import Context
+from train.tasks import language_model
 from train.tasks.language_model import LanguageModel
 
 
@@ -101,3 +104,50 @@ def test_a_tokenizer_larger_than_the_model_is_refused(settings):
     small = dataclasses.replace(task, model=dataclasses.replace(task.model, vocab_size=200))
     with pytest.raises(ValueError, match="200"):
         small.data(context)
+
+
+@pytest.fixture(scope="module")
+def saved(settings, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, decoder.Params]:
+    """A model folder with weights of another seed, and the weights."""
+    task, context = prepared(settings)
+    params = task.init(jax.random.key(9), None, context)
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    save_hf(folder, params, task.model, task.tokenizer)
+    return str(folder), params
+
+
+def test_training_starts_from_a_model(settings, saved):
+    folder, want = saved
+    task, context = prepared(settings, start_from=folder)
+    longer = dataclasses.replace(task, model=dataclasses.replace(task.model, max_length=4096))
+    found = longer.init(jax.random.key(0), None, context)
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+
+
+def test_a_model_of_another_kind_is_refused(settings, saved, tmp_path: pathlib.Path):
+    task, context = prepared(settings, start_from=saved[0])
+    wider = dataclasses.replace(task.model, intermediate_size=128)
+    with pytest.raises(ValueError, match=r"intermediate_size 64 and config.task.model has 128"):
+        dataclasses.replace(task, model=wider).init(jax.random.key(0), None, context)
+    _, other = write_corpus(tmp_path, seed=1)
+    with pytest.raises(ValueError, match=r"another tokenizer.*set config.task.tokenizer"):
+        dataclasses.replace(task, tokenizer=other).init(jax.random.key(0), None, context)
+    with pytest.raises(FileNotFoundError, match="no model 'nowhere'"):
+        dataclasses.replace(task, start_from="nowhere").init(jax.random.key(0), None, context)
+
+
+def test_an_evaluation_under_other_policies_is_compiled_once(settings):
+    task, context = prepared(settings)
+    params = task.init(jax.random.key(0), None, context)
+    params = jax.tree.map(lambda x: 4 * x, params)  # so that positions matter
+    plain = task.evaluate(params, context)
+    theta, _ = rope_frequencies(task.model.rope, task.model.rotary_dim, task.model.rope_base)
+    compiled = language_model._evaluation_step(task, jnp.float32)._cache_size
+    found, programs = [], []
+    for scale in (1.0, 2.0, 4.0):
+        policy = DensePolicy(scheme=Frequencies(theta / scale))
+        found.append(task.evaluate(params, context, policy))
+        programs.append(compiled())
+    assert found[0] == plain
+    assert len({f["nats_per_token"] for f in found}) == 3
+    assert len(set(programs)) == 1
