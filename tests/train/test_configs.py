@@ -8,6 +8,10 @@ import jax
 import numpy as np
 import pytest
 
+from configs.defaults import Config
+from models import decoder, params
+from models.hf import save_hf
+from models.load import shipped
 from models.sharding import make_mesh
 from tests.source_tree import ROOT
 from tests.train.text import write_corpus
@@ -23,6 +27,11 @@ NAMES = sorted(
     if "def get_config" in path.read_text(encoding="utf-8")
 )
 LANGUAGE_MODELS = [name for name in NAMES if name.endswith("_lm")]
+FINE_TUNED = [
+    path.stem
+    for path in (ROOT / "configs").glob("*.py")
+    if '"start_from"' in path.read_text(encoding="utf-8")
+]
 
 
 def module(name: str) -> types.ModuleType:
@@ -49,12 +58,32 @@ def test_language_models_run_two_updates(name: str, tmp_path: pathlib.Path, monk
     monkeypatch.setenv("LONGREACH_DATA", str(tmp_path / "cache"))
     config = module(name).get_config()
     config.task.corpus, config.task.tokenizer = write_corpus(tmp_path)
+    assert_two_updates(config, tmp_path)
+
+
+@pytest.mark.parametrize("name", FINE_TUNED)
+def test_fine_tunings_run_two_updates(name: str, tmp_path: pathlib.Path, monkeypatch):
+    """From a model of one layer, with random weights."""
+    monkeypatch.setenv("LONGREACH_DATA", str(tmp_path / "cache"))
+    config = module(name).get_config()
+    assert config.task.start_from in shipped()
+    config.task.corpus, config.task.tokenizer = write_corpus(tmp_path)
+    config.task.model.num_layers = 1
+    cfg = build_task(build(TrainConfig, config.to_dict())).model
+    weights = params.init(decoder.specs(cfg), jax.random.key(0))
+    config.task.start_from = str(tmp_path / "base")
+    save_hf(config.task.start_from, weights, cfg, config.task.tokenizer)
+    assert_two_updates(config, tmp_path)
+
+
+def assert_two_updates(config: Config, folder: pathlib.Path) -> None:
+    """Two updates of short rows, from about the loss of a uniform law."""
     config.task.sequence_length, config.batch_size = 16, 2
     config.steps, config.log_every, config.optimizer.warmup_steps = 2, 1, 1
     result = loop.train(
-        build(TrainConfig, config.to_dict()), tmp_path / "run", make_mesh("", jax.devices()[:1])
+        build(TrainConfig, config.to_dict()), folder / "run", make_mesh("", jax.devices()[:1])
     )
-    losses = [x["loss"] for x in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in x]
+    losses = [x["loss"] for x in read_metrics(folder / "run" / "metrics.jsonl") if "loss" in x]
     assert len(losses) == 2
     assert losses[0] == pytest.approx(np.log(config.task.model.vocab_size), rel=0.05)
     assert set(result.evaluation) == {"bits_per_byte", "nats_per_token"}

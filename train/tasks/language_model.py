@@ -120,12 +120,8 @@ class LanguageModel(BaseTask):
         trunk = self.trunk(params)
         if self.unroll:
             trunk = decoder.unstack(trunk)
-        trunk = dataclasses.replace(
-            trunk,
-            segments=tuple(
-                dataclasses.replace(s, layers=wrap_matrices(s.layers)) for s in trunk.segments
-            ),
-        )
+        segments = (dataclasses.replace(s, layers=wrap_matrices(s.layers)) for s in trunk.segments)
+        trunk = dataclasses.replace(trunk, segments=tuple(segments))
         out = decoder.forward(
             trunk, self.model, batch["tokens"], step=step, policy=policy, remat=self.remat
         )
