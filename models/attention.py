@@ -151,6 +151,15 @@ class PositionScheme(Protocol):
         ...
 
 
+def check_default_rope(cfg: Any) -> None:
+    """Raise ValueError unless the model rotates, and by the default frequencies."""
+    if cfg.position != "rope" or cfg.rope.rope_type != "default":
+        raise ValueError(
+            f"a position scheme replaces default rotary positions, and the model has "
+            f"{cfg.position!r}, rope type {cfg.rope.rope_type!r}: use one scheme or the other."
+        )
+
+
 @struct.dataclass
 class Frequencies:
     """The scheme of given frequencies, one for every pair of channels, as data.

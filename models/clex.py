@@ -177,7 +177,9 @@ def frequencies(
     return jnp.where((t == 1)[:, None], jnp.asarray(theta, dtype)[None], jnp.exp(z))
 
 
-def frequencies_at(params: CLEXParams, cfg: CLEXConfig, t: Float[Array, ""]) -> Float[Array, " half"]:
+def frequencies_at(
+    params: CLEXParams, cfg: CLEXConfig, t: Float[Array, ""]
+) -> Float[Array, " half"]:
     """Inverse frequencies at one factor; at 1 those of plain RoPE, without solving anything."""
     dtype = jnp.promote_types(params.w_up.dtype, jnp.float32)
     theta = jnp.asarray(rope_theta(cfg.head_dim, cfg.base), dtype)

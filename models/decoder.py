@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from models.attention import AttentionPolicy, DensePolicy, Step
+from models.attention import AttentionPolicy, DensePolicy, PositionScheme, Step
 from models.layers import (
     ACTIVATIONS,
     Norm,
@@ -158,11 +158,12 @@ class Output:
     aux: Any = None
 
 
-def default_policy(cfg: Config) -> DensePolicy:
-    """Dense attention with the windows of the config."""
+def default_policy(cfg: Config, scheme: PositionScheme | None = None) -> DensePolicy:
+    """Dense attention with the windows of the config; with its rotations, or those of a scheme."""
     if cfg.windows is None or all(w is None for w in cfg.windows):
-        return DensePolicy()
-    return DensePolicy(jnp.asarray([NO_WINDOW if w is None else w for w in cfg.windows], jnp.int32))
+        return DensePolicy(scheme=scheme)
+    windows = jnp.asarray([NO_WINDOW if w is None else w for w in cfg.windows], jnp.int32)
+    return DensePolicy(windows, scheme=scheme)
 
 
 def embed(

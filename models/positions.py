@@ -15,7 +15,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 Length = Any
 """None, a Python int, or a traced scalar or per-row array of current lengths."""
@@ -284,3 +284,14 @@ def apply_rope(
         turned = jnp.concatenate([-second, first], -1)
     rotated = (rotary * cos + turned * sin).astype(x.dtype)
     return rotated if dim == x.shape[-1] else jnp.concatenate([rotated, x[..., dim:]], -1)
+
+
+def within_documents(
+    drawn: Float[Array, "b t"], positions: Int[Array, "b t"]
+) -> Float[Array, "b t"]:
+    """Drawn positions of whole rows, counted from the start of each token's document.
+
+    ``positions`` are those in the documents: 0, 1, ... from the start of each.
+    """
+    first = jnp.arange(positions.shape[1])[None] - positions
+    return drawn - jnp.take_along_axis(drawn, jnp.maximum(first, 0), axis=1)

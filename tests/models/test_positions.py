@@ -12,6 +12,7 @@ from models.positions import (
     register_rope_type,
     rope_angles,
     rope_frequencies,
+    within_documents,
 )
 
 
@@ -82,3 +83,10 @@ def test_lengths_are_data():
     found = jax.jit(lambda n: rope_frequencies(cfg, 4, 100.0, n)[0])
     assert not np.array_equal(found(jnp.int32(20)), found(jnp.int32(40)))
     assert found._cache_size() == 1
+
+
+def test_drawn_positions_count_within_documents():
+    drawn = jnp.asarray([[0.5, 2.0, 3.5, 4.0, 6.0], [1.0, 1.5, 3.0, 4.5, 5.0]])
+    positions = jnp.asarray([[0, 1, 2, 3, 4], [0, 1, 0, 1, 2]], jnp.int32)
+    want = [[0.0, 1.5, 3.0, 3.5, 5.5], [0.0, 0.5, 0.0, 1.5, 2.0]]
+    np.testing.assert_allclose(within_documents(drawn, positions), want)

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from models import decoder
-from models.attention import DensePolicy, Frequencies, PositionScheme, Rope, Step
+from models.attention import Frequencies, PositionScheme, Rope, Step, check_default_rope
 from models.positions import rope_theta
 
 SLOW_BAND = 8
@@ -92,17 +92,6 @@ def random_positions(key: Array, batch: int, length: int) -> Float[Array, "b t"]
     least = length * 2.0**-19
     steps = jax.random.uniform(key, (batch, length), minval=least, maxval=2 - least)
     return positions_of_steps(steps)
-
-
-def within_documents(
-    drawn: Float[Array, "b t"], positions: Int[Array, "b t"]
-) -> Float[Array, "b t"]:
-    """Drawn positions of whole rows, counted from the start of each token's document.
-
-    ``positions`` are those in the documents: 0, 1, ... from the start of each.
-    """
-    first = jnp.arange(positions.shape[1])[None] - positions
-    return drawn - jnp.take_along_axis(drawn, jnp.maximum(first, 0), axis=1)
 
 
 def xpos_zeta(dim: int) -> np.ndarray:
@@ -186,7 +175,7 @@ def make_scheme(
         ValueError: xPos without ``scale_base``, or with one too small for the length and dtype
             (checked if it is a plain number and no array).
     """
-    check_rope(cfg)
+    check_default_rope(cfg)
     inv_freq = jnp.asarray(
         giraffe_inv_freq(cfg.rotary_dim, cfg.rope_base, basis.scale, basis.power, basis.truncate),
         jnp.float32,
@@ -202,15 +191,6 @@ def make_scheme(
     return XPos(inv_freq, jnp.asarray(scale_base, jnp.float32), center, positions)
 
 
-def check_rope(cfg: decoder.Config) -> None:
-    """Raise ValueError unless the decoder rotates, and by the default frequencies."""
-    if cfg.position != "rope" or cfg.rope.rope_type != "default":
-        raise ValueError(
-            f"a basis replaces default rotary positions, and the model has {cfg.position!r}, rope "
-            f"type {cfg.rope.rope_type!r}: use one scheme or the other."
-        )
-
-
 def check_xpos(dim: int, scale_base: float, length: int, dtype: Any = jnp.float32) -> None:
     """Raise ValueError if xPos scales of so long a text leave the range of the dtype."""
     if not scale_base > 0:
@@ -221,8 +201,3 @@ def check_xpos(dim: int, scale_base: float, length: int, dtype: Any = jnp.float3
             f"{jnp.dtype(dtype).name}, and the length is {length}: raise scale_base, shorten the "
             "text or compute in another dtype."
         )
-
-
-def make_policy(cfg: decoder.Config, scheme: PositionScheme) -> DensePolicy:
-    """Dense attention with the windows of the config and rotations by a scheme."""
-    return dataclasses.replace(decoder.default_policy(cfg), scheme=scheme)

@@ -10,16 +10,14 @@ from flax import struct
 from jaxtyping import Array
 
 from models import decoder
-from models.attention import AttentionPolicy, Step
+from models.attention import AttentionPolicy, Step, check_default_rope
 from models.params import Constant, ParamSpec, path_name
+from models.positions import within_documents
 from research.context.giraffe.bases import (
     Basis,
-    check_rope,
     check_xpos,
-    make_policy,
     make_scheme,
     random_positions,
-    within_documents,
 )
 from train.config import TrainConfig
 from train.optimizer import make_optimizer
@@ -74,7 +72,7 @@ class GiraffeTask(LanguageModel):
 
     def __post_init__(self):
         if self.basis != Basis():
-            check_rope(self.model)
+            check_default_rope(self.model)
         if self.basis.xpos:
             check_xpos(self.model.rotary_dim, self.slide.end, self.sequence_length)
 
@@ -113,7 +111,7 @@ class GiraffeTask(LanguageModel):
             length=self.sequence_length,
             positions=positions,
         )
-        return make_policy(self.model, scheme)
+        return decoder.default_policy(self.model, scheme)
 
     def loss(
         self, params: GiraffeParams, batch: dict[str, Array], key: Array

@@ -11,13 +11,24 @@ import pytest
 from inference.drafter import NoDrafter
 from inference.drafters.draft_model import draft_model
 from inference.drafters.lookup import LookupDrafter
-from models import decoder
+from models import clex, decoder
 from models.attention import DensePolicy, Step
-from research.context.giraffe.bases import Basis, make_policy, make_scheme
+from models.params import init
+from research.context.clex import scheme as clex_schemes
+from research.context.clex.scheme import CLEX
+from research.context.giraffe.bases import Basis, make_scheme
 from tests.inference.models import NEW, ROUNDING, config, engine, prompts, weights
 
 CFG = config()
 WIDTH = LookupDrafter().width
+
+
+def clex_scheme(**changes: Any) -> CLEX:
+    """An ODE that has learned something, over three factors of texts of 32 tokens."""
+    cfg = clex.CLEXConfig(CFG.rotary_dim, CFG.rope_base, 16, 4, time_dt=0.2, **changes)
+    params = init(clex.specs(cfg), jax.random.key(3))
+    w_down = 0.1 * jax.random.normal(jax.random.key(4), params.w_down.shape)
+    return clex_schemes.make_scheme(params.replace(w_down=w_down), cfg)
 
 
 def policies() -> dict[str, DensePolicy]:
@@ -25,8 +36,9 @@ def policies() -> dict[str, DensePolicy]:
     basis = Basis(scale=2.0, power=0.1, truncate=16)
     xpos = make_scheme(CFG, Basis(xpos=True), scale_base=24.0, length=64)
     return {
-        "giraffe": make_policy(CFG, make_scheme(CFG, basis)),
-        "xpos": make_policy(CFG, xpos),
+        "giraffe": decoder.default_policy(CFG, make_scheme(CFG, basis)),
+        "xpos": decoder.default_policy(CFG, xpos),
+        "clex": decoder.default_policy(CFG, clex_scheme(log_scale=True)),
     }
 
 

@@ -12,10 +12,8 @@ from research.context.giraffe.bases import (
     Basis,
     XPos,
     giraffe_inv_freq,
-    make_policy,
     make_scheme,
     random_positions,
-    within_documents,
     xpos_reach,
     xpos_scales,
     xpos_zeta,
@@ -124,13 +122,6 @@ def test_random_positions_rise_by_one_on_average():
     assert steps.max() <= 2 and steps.min() < 0.1
 
 
-def test_random_positions_count_within_documents():
-    drawn = jnp.asarray([[0.5, 2.0, 3.5, 4.0, 6.0], [1.0, 1.5, 3.0, 4.5, 5.0]])
-    positions = jnp.asarray([[0, 1, 2, 3, 4], [0, 1, 0, 1, 2]], jnp.int32)
-    want = [[0.0, 1.5, 3.0, 3.5, 5.5], [0.0, 0.5, 0.0, 1.5, 2.0]]
-    np.testing.assert_allclose(within_documents(drawn, positions), want)
-
-
 # xPos.
 def rope_of(scale_base: float, center: float, positions: np.ndarray, dtype=jnp.float32):
     scheme = XPos(jnp.asarray(THETA, jnp.float32), scale_base, center)
@@ -221,7 +212,7 @@ def test_another_basis_is_data():
     run = jax.jit(lambda p, policy: decoder.forward(p, cfg, tokens, policy=policy).hidden)
     plain = decoder.forward(params, cfg, tokens).hidden
     found = [
-        run(params, make_policy(cfg, make_scheme(cfg, basis)))
+        run(params, decoder.default_policy(cfg, make_scheme(cfg, basis)))
         for basis in (Basis(), Basis(scale=4.0), Basis(power=0.5), Basis(truncate=16))
     ]
     assert run._cache_size() == 1
@@ -230,11 +221,14 @@ def test_another_basis_is_data():
         for j in range(i):
             assert np.abs(np.asarray(found[i] - found[j])).max() > 1e-4
     for scale_base in (512.0, 64.0):
-        run(params, make_policy(cfg, make_scheme(cfg, Basis(xpos=True), scale_base=scale_base)))
+        run(
+            params,
+            decoder.default_policy(cfg, make_scheme(cfg, Basis(xpos=True), scale_base=scale_base)),
+        )
     assert run._cache_size() == 2
 
 
 def test_windows_of_the_model_stay():
     cfg = tiny.config(windows=(4, None, 4))
-    policy = make_policy(cfg, make_scheme(cfg, Basis()))
+    policy = decoder.default_policy(cfg, make_scheme(cfg, Basis()))
     np.testing.assert_array_equal(policy.windows, decoder.default_policy(cfg).windows)
