@@ -240,6 +240,7 @@ class Engine:
                 limit,
                 extent=self._extent((i + 1) * chunk, cache.capacity),
                 outputs=needs,
+                prompt_lengths=jnp.asarray(lengths),
             )
             parts.append(part)
         cache = cache.end_prefill()

@@ -13,6 +13,7 @@ from absl import flags
 
 from inference.drafters.registry import DRAFTERS, check_name, make_drafter
 from inference.engine import Engine, Generation, make_engine
+from inference.policies.registry import POLICIES, check_policy, make_policy
 from models.load import Model, load
 from models.tokenizer import Tokenizer
 from ops.sampling import SamplingParams
@@ -30,6 +31,12 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_string("prompt", None, "text to continue", flag_values=values)
     flags.DEFINE_string("prompt_file", None, "file with the text to continue", flag_values=values)
     flags.DEFINE_string("drafter", "none", f"one of {', '.join(DRAFTERS)}", flag_values=values)
+    flags.DEFINE_string(
+        "policy", None, f"attention policy, one of {', '.join(POLICIES)}", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "context_limit", None, "longest text, if beyond the model's own", flag_values=values
+    )
     flags.DEFINE_integer("max_new_tokens", 128, "most tokens to generate", flag_values=values)
     flags.DEFINE_float("temperature", 0.0, "0 is greedy", flag_values=values)
     flags.DEFINE_integer("top_k", 0, "keep the k most likely tokens, 0: all", flag_values=values)
@@ -129,12 +136,21 @@ def run(values: flags.FlagValues, write: Callable[[str], None]) -> str:
     if values.model is None:
         raise ValueError("--model is missing: name a directory, a .gguf file or a shipped model.")
     check_name(values.drafter)
+    if values.policy is not None:
+        check_policy(values.policy)
     sampling = SamplingParams.make(values.temperature, values.top_k, values.top_p)
     text = read_prompt(values.prompt, values.prompt_file)
     model: Model = load(values.model)
     prompt = model.tokenizer.encode_prompt(text, values.chat)
     drafter, params = make_drafter(values.drafter, model)
-    engine = make_engine(model.params, model.cfg, drafter=drafter, drafter_params=params)
+    engine = make_engine(
+        model.params,
+        model.cfg,
+        drafter=drafter,
+        drafter_params=params,
+        policy=None if values.policy is None else make_policy(values.policy, model.cfg),
+        context_limit=values.context_limit,
+    )
     result = stream(
         engine, model.tokenizer, prompt, values.max_new_tokens, sampling, values.seed, write
     )

@@ -78,6 +78,7 @@ def prefill_chunk(
     lengths: Int[Array, " b"] | None,
     extent: int,
     outputs: frozenset[str],
+    prompt_lengths: Int[Array, " b"] | None = None,
 ) -> tuple[Cache, TargetOutputs]:
     """Run the first ``counts`` tokens of each row's chunk and commit them.
 
@@ -87,6 +88,7 @@ def prefill_chunk(
             length so far.
         extent: slots that attention reads.
         outputs: which fields of ``TargetOutputs`` to return.
+        prompt_lengths: length of each whole prompt, for policies that depend on it.
     """
     t = tokens.shape[1]
     positions = cache.next_position[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
@@ -96,6 +98,8 @@ def prefill_chunk(
         start=start,
         slot_positions=cache.positions,
         lengths=lengths,
+        prompt_lengths=prompt_lengths,
+        counts=counts,
         extent=extent,
         mode="prefill",
     )

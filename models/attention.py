@@ -30,6 +30,8 @@ class Step:
     start: Any = None  # (b,) cache slot of the first new token
     slot_positions: Any = None  # (b, s) position of every cache slot, the new tokens included
     lengths: Any = None  # (b,) text length that length-dependent rotations are for
+    prompt_lengths: Any = None  # (b,) whole prompt, while a piece of it is prefilled
+    counts: Any = None  # (b,) how many of the new tokens are text, the rest being padding
     tree: Any = None  # (b, t, n) bool: which slots from tree_start on each query sees
     tree_start: Any = None  # (b,) first scratch slot
     extent: int | None = struct.field(pytree_node=False, default=None)  # slots that are read
