@@ -111,7 +111,8 @@ def make_lines(
     Raises:
         ValueError: see :func:`train.data.long_tasks.lengths.fit`.
     """
-    most = min(style.count_keys(), max(1, tokens))
+    # A line has more than three tokens: key, colon, value and line break.
+    most = min(style.count_keys(), max(1, tokens // 3))
     records = draw_records(rng, style, most)
     lines = write_lines(style, records)
     depth = drawn(rng, depth)

@@ -128,9 +128,7 @@ def _hide(
 
     def build(count: int, filler: str) -> Draft:
         gaps = [place(d, count + 1) for d in (depth, *others)]
-        text, starts = insert(
-            source.run(start, count), list(zip(gaps, needles, strict=True))
-        )
+        text, starts = insert(source.run(start, count), list(zip(gaps, needles, strict=True)))
         head = filler + header
         return Draft(head + text + tail, len(head) + starts[0])
 

@@ -28,6 +28,11 @@ QUESTION_LOCATIONS: tuple[QuestionLocation, ...] = ("end", "start")
 RANGES = {"start": (0.0, 0.1), "random": (0.1, 0.9), "end": (0.9, 1.0)}
 """Where the answer begins, as a share of the document's characters."""
 
+
+class Unplaceable(ValueError):
+    """The prompt is too short to hold the answer's sentence where it is asked for."""
+
+
 _SPLICE = "\n\n"
 _TRIES = 24
 
@@ -65,8 +70,8 @@ def make_free_form(
             allows, in place of ``answer_location``.
 
     Raises:
-        ValueError: the answer is not in the document, the length is too small to put it there, or
-            there is too little text.
+        Unplaceable: the length is too small to put the answer there.
+        ValueError: the answer is not in the document, or there is too little text.
     """
     window = _Window.of(item, spare)
     for _ in range(_TRIES):
@@ -103,7 +108,7 @@ def make_free_form(
                 "question_location": question_location,
             },
         )
-    raise ValueError(
+    raise Unplaceable(
         f"{tokens} tokens cannot hold the answer's sentence at the {answer_location} of the "
         "document: ask for a longer prompt."
     )

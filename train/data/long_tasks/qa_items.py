@@ -72,7 +72,7 @@ def load_items(path: str | pathlib.Path) -> list[Item]:
             continue
         try:
             record = json.loads(line)
-            item = Item(*(str(record[name]) for name in ("document", "question", "answer")))
+            item = Item(str(record["document"]), str(record["question"]), str(record["answer"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}, line {number}, needs the fields document, question and answer: add them."
@@ -99,7 +99,9 @@ def fact_items(rng: np.random.Generator, source: Source, count: int = 64) -> lis
         else:
             question, answer = f"Who built {thing}?", person
             fact = f"{thing[0].upper()}{thing[1:]} was built by {person}."
-        around = source.run(int(rng.integers(len(source.sentences))), min(12, len(source.sentences)))
+        around = source.run(
+            int(rng.integers(len(source.sentences))), min(12, len(source.sentences))
+        )
         middle = len(around) // 2
         document = " ".join([*around[:middle], fact, *around[middle:]])
         items.append(Item(document, question, answer, document.find(fact) + fact.find(answer)))

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,7 @@ PARAGRAPH_CHARACTERS = (40, 240)
 """Of the paragraphs that are asked for: an answer must fit in the tokens of an output."""
 _SPARE_CHARACTERS = 8
 """Characters of further text per token, for documents that are shorter than the prompt."""
+_ITEMS_TRIED = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,23 +118,39 @@ def _paragraphs(make: Callable[..., Example]) -> Make:
     )
 
 
-def _pick(rng: np.random.Generator, items: Sequence[Any]) -> Any:
-    return items[int(rng.integers(len(items)))]
+def _place(
+    rng: np.random.Generator, items: Sequence[Item], make: Callable[[Item], Example]
+) -> Example:
+    """An example of some item, passing over those whose sentence is too long for the prompt.
+
+    Raises:
+        Unplaceable: many items were.
+    """
+    for _ in range(_ITEMS_TRIED - 1):
+        try:
+            return make(items[int(rng.integers(len(items)))])
+        except numeric_qa.Unplaceable:
+            continue
+    return make(items[int(rng.integers(len(items)))])
 
 
 def _free_form(
     rng: np.random.Generator, encoder: Encoder, tokens: int, depth: float | None, data: Materials
 ) -> Example:
     where, asked = numeric_qa.variant(int(rng.integers(6)))
-    answers = tuple(item.answer for item in data.questions)
-    return numeric_qa.make_free_form(
-        rng, encoder, tokens, _pick(rng, data.questions), where, asked, data.spare(rng, tokens),
-        Space(answers), depth,
-    )  # fmt: skip
+    answers = Space(tuple(item.answer for item in data.questions))
+    spare = data.spare(rng, tokens)
+
+    def make(item: Item) -> Example:
+        return numeric_qa.make_free_form(
+            rng, encoder, tokens, item, where, asked, spare, answers, depth
+        )
+
+    return _place(rng, data.questions, make)
 
 
 def _altered(items: Callable[[Materials], tuple[Item, ...]], task: str) -> Make:
-    def make(
+    def altered(
         rng: np.random.Generator,
         encoder: Encoder,
         tokens: int,
@@ -142,12 +158,16 @@ def _altered(items: Callable[[Materials], tuple[Item, ...]], task: str) -> Make:
         data: Materials,
     ) -> Example:
         where, asked = numeric_qa.variant(int(rng.integers(6)))
-        return numeric_qa.make_altered(
-            rng, encoder, tokens, _pick(rng, items(data)), where, asked,
-            data.spare(rng, tokens), depth, task,
-        )  # fmt: skip
+        spare = data.spare(rng, tokens)
 
-    return make
+        def make(item: Item) -> Example:
+            return numeric_qa.make_altered(
+                rng, encoder, tokens, item, where, asked, spare, depth, task
+            )
+
+        return _place(rng, items(data), make)
+
+    return altered
 
 
 TASKS: dict[str, Task] = {

@@ -4,6 +4,8 @@ Variable tracking and common words as families are RULER's (arXiv 2404.06654); t
 made-up names and the sizes are our own.
 """
 
+import itertools
+
 import numpy as np
 
 from train.data.long_tasks.example import Encoder, Example, Space, place
@@ -49,7 +51,7 @@ def make_variables(
     for chain in range(chains):
         own = names[chain * (hops + 1) : (chain + 1) * (hops + 1)]
         statements.append(f"VAR {own[0]} = {chosen[chain]}.")
-        statements += [f"VAR {b} = VAR {a}." for a, b in zip(own, own[1:], strict=False)]
+        statements += [f"VAR {b} = VAR {a}." for a, b in itertools.pairwise(own)]
         if chain == 0 and depth is not None:
             depths += [depth, *(depth + (1 - depth) * np.sort(rng.random(hops))).tolist()]
         else:
@@ -98,8 +100,9 @@ def make_common_words(
     """
     if not 1 <= rarely < often or common < 1:
         raise ValueError(f"words {often} times among words {rarely} times: make often larger.")
-    most = len(NOUNS) + count_made_up(2)
-    order = rng.permutation(most).tolist()
+    every = len(NOUNS) + count_made_up(2)
+    most = min(every, max(tokens, common + 1))
+    order = rng.choice(every, most, replace=False).tolist()
     words = [NOUNS[i] if i < len(NOUNS) else made_up(i - len(NOUNS)) for i in order]
     seed = int(rng.integers(2**31))
 

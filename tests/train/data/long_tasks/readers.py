@@ -64,18 +64,21 @@ def cloze(prompt: str) -> str:
 
 
 def infilling(prompt: str) -> str:
-    """Of a text that counts: the numbers between prefix and suffix, four digits each."""
+    """Of a text that counts, ``0041. 0042.``: what follows the prefix, or precedes the suffix."""
     prefix, rest = prompt.split("<|fim_prefix|>")[1].split("<|fim_suffix|>")
     suffix = rest.split("<|fim_middle|>")[0]
-    digits = re.findall(r"\d{4}", prefix)
-    first = int(digits[-1]) + 1 if digits else int(re.findall(r"\d{4}", suffix)[0]) - 40
-    counted = "".join(f" {i:04}." for i in range(first, first + 80))
-    # Where the prefix stops within a number, go on with what is left of it.
-    tail = prefix[-4:] if len(prefix) >= 4 else ""
-    for cut in range(len(counted)):
-        if counted[cut:].startswith(tail) and tail:
-            return counted[cut + len(tail) :]
-    return counted
+    if seen := list(re.finditer(r" (\d{4})\.", prefix)):
+        after = counted(int(seen[-1][1]) + 1, 40)
+        return after[len(prefix) - seen[-1].end() :]
+    first = re.search(r" (\d{4})\.", suffix)
+    assert first is not None
+    before = counted(int(first[1]) - 40, 40)
+    return before[: len(before) - first.start()]
+
+
+def counted(start: int, count: int) -> str:
+    """Numbers of four digits from ``start`` on."""
+    return "".join(f" {i:04}." for i in range(start, start + count))
 
 
 def paragraphs(prompt: str) -> list[str]:
