@@ -42,19 +42,19 @@ class Fitted:
     answer_token: int | None
 
 
-def fit(build: Build, tokens: int, encoder: Encoder, most: int, least: int = 1) -> Fitted:
-    """The prompt with the most items that has at most ``tokens`` tokens, filled up to them.
+def count_items(build: Build, tokens: int, encoder: Encoder, most: int, least: int = 1) -> int:
+    """The most items with which the prompt, without filler, has at most ``tokens`` tokens.
 
     Args:
         most: items that there are.
         least: items that the task needs.
 
     Raises:
-        ValueError: the shortest prompt is too long, or all items together are too short.
+        ValueError: the shortest prompt is too long, or there are fewer items than needed.
     """
 
-    def count(items: int, filler: str = "") -> int:
-        return len(encoder.encode(build(items, filler).text))
+    def count(items: int) -> int:
+        return len(encoder.encode(build(items, "").text))
 
     if most < least:
         raise ValueError(f"the task needs {least} items and the source has {most}: give more text.")
@@ -64,8 +64,17 @@ def fit(build: Build, tokens: int, encoder: Encoder, most: int, least: int = 1) 
             f"{tokens} tokens are too few: the shortest prompt of this task has {shortest}; ask "
             "for a longer one."
         )
-    items = _largest(lambda n: count(n) <= tokens, least, most)
-    filler = _filler(lambda text: count(items, text), tokens)
+    return _largest(lambda n: count(n) <= tokens, least, most)
+
+
+def fit(build: Build, tokens: int, encoder: Encoder, most: int, least: int = 1) -> Fitted:
+    """The prompt with the most items that has at most ``tokens`` tokens, filled up to them.
+
+    Raises:
+        ValueError: see :func:`count_items`, or all items together are too short.
+    """
+    items = count_items(build, tokens, encoder, most, least)
+    filler = _filler(lambda text: len(encoder.encode(build(items, text).text)), tokens)
     draft = build(items, filler)
     ids = encoder.encode(draft.text)
     if tokens - len(ids) > TOLERANCE:

@@ -1,0 +1,227 @@
+"""How far a model reads, by policy: loss by position, and tasks by length and depth.
+
+    python -m experiments.long_context --model=DIR --policies=dense,linear:4,yarn:4 \
+        --lengths=256,512,1024 --tasks=lines,passkey --text=FILE
+
+Dense attention and a sliding window of the trained length are always among the policies: the
+baselines that any method has to beat. Loss is measured on windows of real text; beside it stands
+the loss on the very same tokens within the trained length. Tasks are generated within ``--lengths``
+tokens, output included, and the same examples go to all policies. What is short-context regression
+and what long-context gain stands in one row per policy.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from absl import app, flags, logging
+
+from experiments import record
+from experiments.long_context_loss import (
+    bucket_edges,
+    bucket_means,
+    cut_windows,
+    in_range_nats,
+    read_text,
+    window_nats,
+)
+from experiments.long_context_summary import short_length, show, summarise
+from experiments.long_context_tasks import (
+    PromptEncoder,
+    TaskSet,
+    engine_answers,
+    evaluate,
+    make_task_set,
+)
+from experiments.settings import from_flags
+from inference.policies.registry import make_policy
+from models.load import Model, load
+from train.data.long_tasks.qa_items import load_items
+from train.data.long_tasks.registry import TASKS, Materials
+from train.data.long_tasks.text import made_up_source, read_source
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured, and on what; see the flags."""
+
+    model: str
+    policies: tuple[str, ...]
+    lengths: tuple[int, ...]
+    tasks: tuple[str, ...]
+    text: str
+    haystack: str
+    items: str
+    chat: bool
+    seeds: tuple[int, ...]
+    windows: int
+    depths: int
+    count: int
+    batch: int
+    trained: int
+    bucket: int
+    loss_threshold: float
+    accuracy_threshold: float
+
+
+def trained_length(settings: Settings, model: Model) -> int:
+    """The length the model was trained at."""
+    return settings.trained or model.cfg.max_length
+
+
+def all_policies(settings: Settings, trained: int) -> tuple[str, ...]:
+    """The policies asked for, after dense attention and a sliding window of the trained length."""
+    has_window = any(name.startswith("window:") for name in settings.policies)
+    baselines = ("dense",) if has_window else ("dense", f"window:{trained}")
+    return tuple(dict.fromkeys((*baselines, *settings.policies)))
+
+
+def make_materials(settings: Settings, text: str) -> Materials:
+    """What the tasks hide their needles in, and ask about."""
+    source = made_up_source(0) if settings.haystack == "made-up" else read_source(text)
+    items = tuple(load_items(settings.items)) if settings.items else ()
+    return Materials(source, items)
+
+
+def measure_loss(
+    settings: Settings,
+    model: Model,
+    policies: dict[str, Any],
+    ids: Sequence[int],
+    trained: int,
+) -> list[dict[str, Any]]:
+    """A row per policy and length: nats by bucket, and the excess over the loss in range."""
+    width = settings.bucket or max(1, trained // 4)
+    longest = max(settings.lengths)
+    windows = [cut_windows(ids, settings.windows, longest, seed) for seed in settings.seeds]
+    batch = settings.windows if settings.windows < settings.batch else settings.batch
+    known = [in_range_nats(model, w, trained, batch) for w in windows]
+    rows = []
+    for name, policy in policies.items():
+        for length in settings.lengths:
+            nats, excess, recalls = [], [], []
+            for tokens, reference in zip(windows, known, strict=True):
+                values, recall = window_nats(model, policy, tokens[:, : length + 1], batch)
+                nats.append(values)
+                excess.append(values - reference[:, :length])
+                recalls.append(recall)
+            rows.append(
+                {
+                    "kind": "loss",
+                    "policy": name,
+                    "length": length,
+                    "edges": bucket_edges(length, width),
+                    "nats": _by_bucket(nats, width),
+                    "excess": _by_bucket(excess, width),
+                    "mean": record.sample([float(x.mean()) for x in nats]),
+                    "recall": None if None in recalls else record.sample(recalls),
+                }
+            )
+            print(f"loss of {name} at {length}: {rows[-1]['mean']['mean']:.3f}", flush=True)
+    return rows
+
+
+def _by_bucket(by_seed: Sequence[np.ndarray], width: int) -> list[dict[str, Any]]:
+    means = [bucket_means(values, width) for values in by_seed]
+    return [record.sample(list(bucket)) for bucket in zip(*means, strict=True)]
+
+
+def measure_tasks(
+    settings: Settings,
+    model: Model,
+    policies: dict[str, Any],
+    encoder: PromptEncoder,
+    sets: Sequence[TaskSet],
+    trained: int,
+) -> list[dict[str, Any]]:
+    """A row per policy, task and length."""
+    width = settings.bucket or max(1, trained // 4)
+    rows = []
+    for name, policy in policies.items():
+        for tasks in sets:
+            answerer = engine_answers(model, policy, encoder, tasks.length, settings.batch)
+            rows.append({"policy": name, **evaluate(tasks, answerer, width)})
+            accuracy = 100 * rows[-1]["accuracy"]["mean"]
+            print(f"{tasks.task} of {name} at {tasks.length}: {accuracy:.1f}%", flush=True)
+    return rows
+
+
+def run(settings: Settings) -> list[dict[str, Any]]:
+    """Everything, cheapest failures first.
+
+    Raises:
+        ValueError: an unknown policy or task, lengths that a task or the text cannot have, or none
+            within the trained length.
+    """
+    model = load(settings.model)
+    trained = trained_length(settings, model)
+    short_length(settings.lengths, trained)
+    names = all_policies(settings, trained)
+    policies = {name: make_policy(name, model)[0] for name in names}
+    limits = {name: make_policy(name, model)[1] for name in names}
+    text = read_text(settings.text)
+    encoder = PromptEncoder(model.tokenizer, settings.chat)
+    sets: list[TaskSet] = []
+    if settings.tasks:
+        data = make_materials(settings, text)
+        sets = [
+            make_task_set(
+                task, encoder, length, settings.depths, settings.count, settings.seeds, data
+            )
+            for task in settings.tasks
+            for length in settings.lengths
+        ]
+    rows = measure_loss(settings, model, policies, model.tokenizer.encode(text), trained)
+    rows += measure_tasks(settings, model, policies, encoder, sets, trained)
+    for name in names:
+        summary = summarise(
+            rows, name, trained, settings.loss_threshold, settings.accuracy_threshold
+        )
+        rows.append({**summary, "trained": trained, "limit": limits[name]})
+    return rows
+
+
+def main(_: Sequence[str]) -> None:
+    """Run with the flags' settings, print and save."""
+    logging.set_verbosity(logging.WARNING)
+    settings = from_flags(Settings)
+    try:
+        lengths = tuple(sorted({int(n) for n in settings.lengths}))
+        rows = run(dataclasses.replace(settings, lengths=lengths))
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print(show(rows))
+    label = f"_{flags.FLAGS.label}" if flags.FLAGS.label else ""
+    name = f"long_context_{pathlib.Path(settings.model).name.replace('-', '_')}{label}"
+    folder = pathlib.Path(flags.FLAGS.out) if flags.FLAGS.out else None
+    print("saved", record.save(name, rows, config=settings, seeds=settings.seeds, folder=folder))
+
+
+def define_flags() -> None:
+    """The command's flags."""
+    flags.DEFINE_string("model", "python-5m", "The model.")
+    flags.DEFINE_list("policies", ["linear:4", "ntk:4", "dynamic:1", "yarn:4"], "What to compare.")
+    flags.DEFINE_list("lengths", ["256", "512", "1024", "2048"], "Tokens of texts.")
+    flags.DEFINE_list("tasks", ["lines-short", "passkey-short"], f"Of {', '.join(TASKS)}.")
+    flags.DEFINE_string("text", "python_stdlib", "A file, or a corpus by name: its test split.")
+    flags.DEFINE_enum("haystack", "text", ["text", "made-up"], "What needles are hidden in.")
+    flags.DEFINE_string("items", "", "JSON lines of document, question, answer; made up if none.")
+    flags.DEFINE_bool("chat", False, "Prompts are a user's turn in the chat template.")
+    flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of windows and examples.")
+    flags.DEFINE_integer("windows", 8, "Windows of text per seed.", lower_bound=1)
+    flags.DEFINE_integer("depths", 5, "Depths from 0 to 1.", lower_bound=1)
+    flags.DEFINE_integer("count", 8, "Examples per depth, length and seed.", lower_bound=1)
+    flags.DEFINE_integer("batch", 8, "Rows of a pass.", lower_bound=1)
+    flags.DEFINE_integer("trained", 0, "Trained length, 0: the model's own.", lower_bound=0)
+    flags.DEFINE_integer("bucket", 0, "Positions of a bucket, 0: a quarter of the trained length.")
+    flags.DEFINE_float("loss_threshold", 0.05, "Nats above the loss in range that still count.")
+    flags.DEFINE_float("accuracy_threshold", 0.8, "Share of the accuracy in range that counts.")
+    flags.DEFINE_string("label", "", "Ending of the result's name.")
+    flags.DEFINE_string("out", "", "Folder of the result; default: the committed ones.")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

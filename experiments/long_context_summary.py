@@ -1,0 +1,143 @@
+"""What a policy gains far out and loses near by, and how far it reaches."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments import record
+
+Row = dict[str, Any]
+
+
+def effective_length(good: Sequence[bool], lengths: Sequence[int]) -> int:
+    """The longest length up to which everything is good; 0 if already the shortest is not."""
+    reached = 0
+    for length, fine in zip(lengths, good, strict=True):
+        if not fine:
+            break
+        reached = length
+    return reached
+
+
+def summarise(
+    rows: Sequence[Row],
+    policy: str,
+    trained: int,
+    loss_threshold: float,
+    accuracy_threshold: float,
+) -> Row:
+    """One policy's row: short-context regression beside long-context gain, and effective lengths.
+
+    By loss, a length is reached while the last bucket of positions is at most ``loss_threshold``
+    nats above the same tokens read within the trained length. By a task, while accuracy is at least
+    ``accuracy_threshold`` times that of the dense policy at the longest length within the trained
+    one; None where that is not above chance, so that the model cannot do the task at all. Both must
+    hold at all shorter lengths, too. Answered by the means and, in ``seeds``, by each seed.
+
+    Raises:
+        ValueError: no length within the trained one was measured.
+    """
+    mine = {row["length"]: row for row in rows if row["kind"] == "loss" and row["policy"] == policy}
+    dense = {
+        row["length"]: row for row in rows if row["kind"] == "loss" and row["policy"] == "dense"
+    }
+    lengths = sorted(mine)
+    short, long = short_length(lengths, trained), lengths[-1]
+    summary: Row = {
+        "kind": "summary",
+        "policy": policy,
+        "short": short,
+        "long": long,
+        "short_loss": mine[short]["mean"],
+        "short_change": _difference(mine[short]["mean"], dense[short]["mean"]),
+        "long_loss": mine[long]["nats"][-1],
+        "long_change": _difference(mine[long]["nats"][-1], dense[long]["nats"][-1]),
+        "long_excess": mine[long]["excess"][-1],
+        "effective": _effective(
+            [mine[n]["excess"][-1] for n in lengths], lengths, lambda x: x <= loss_threshold
+        ),
+        "recall": mine[long]["recall"],
+        "tasks": {},
+    }
+    for name in dict.fromkeys(row["task"] for row in rows if row["kind"] == "task"):
+        done = {
+            r["length"]: r
+            for r in rows
+            if r["kind"] == "task" and r["task"] == name and r["policy"] == policy
+        }
+        base = next(
+            r
+            for r in rows
+            if r["kind"] == "task"
+            and (r["task"], r["policy"], r["length"]) == (name, "dense", short)
+        )
+        at = sorted(done)
+        wanted = accuracy_threshold * base["accuracy"]["mean"]
+        # More than two standard errors of a coin above chance, over all examples and seeds.
+        trials = base["examples"] * len(base["accuracy"]["samples"])
+        noise = 2 * np.sqrt(base["chance"] * (1 - base["chance"]) / trials) + 1 / trials
+        able = base["accuracy"]["mean"] > base["chance"] + noise
+        summary["tasks"][name] = {
+            "short": done[short]["accuracy"],
+            "short_change": _difference(done[short]["accuracy"], base["accuracy"]),
+            "long": done[at[-1]]["accuracy"],
+            "chance": done[at[-1]]["chance"],
+            "effective": _effective([done[n]["accuracy"] for n in at], at, lambda x: x >= wanted)
+            if able
+            else None,
+        }
+    return summary
+
+
+def short_length(lengths: Sequence[int], trained: int) -> int:
+    """The longest length within the trained one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    within = [length for length in lengths if length <= trained]
+    if not within:
+        raise ValueError(
+            f"no length of {', '.join(map(str, lengths))} is within the trained {trained}: add "
+            "one, to compare with."
+        )
+    return max(within)
+
+
+def _difference(a: Row, b: Row) -> Row:
+    """``a - b`` seed by seed."""
+    return record.sample([x - y for x, y in zip(a["samples"], b["samples"], strict=True)])
+
+
+def _effective(samples: Sequence[Row], lengths: Sequence[int], good: Any) -> Row:
+    """The effective length by the means, and by each seed."""
+    seeds = range(len(samples[0]["samples"]))
+    return {
+        "mean": effective_length([bool(good(s["mean"])) for s in samples], lengths),
+        "seeds": [
+            effective_length([bool(good(s["samples"][i])) for s in samples], lengths) for i in seeds
+        ],
+    }
+
+
+def show(rows: Sequence[Row]) -> str:
+    """The summaries and accuracies as plain text."""
+    lines = [
+        f"{'policy':16} {'short loss':>10} {'change':>8} {'long loss':>10} {'vs dense':>9} "
+        f"{'excess':>7} {'effective':>9}"
+    ]
+    for r in (row for row in rows if row["kind"] == "summary"):
+        lines.append(
+            f"{r['policy']:16} {r['short_loss']['mean']:10.3f} {r['short_change']['mean']:+8.3f} "
+            f"{r['long_loss']['mean']:10.3f} {r['long_change']['mean']:+9.3f} "
+            f"{r['long_excess']['mean']:+7.3f} {r['effective']['mean']:9d}"
+        )
+    lines.append("")
+    for r in (row for row in rows if row["kind"] == "task"):
+        depths = " ".join(f"{100 * d['mean']:4.0f}" for d in r["by_depth"])
+        lines.append(
+            f"{r['policy']:16} {r['task']:18} {r['length']:7d} {100 * r['accuracy']['mean']:6.1f}% "
+            f"± {100 * r['accuracy']['spread']:.1f} (chance {100 * r['chance']:.1f}) by depth {depths}"
+        )
+    return "\n".join(lines)
