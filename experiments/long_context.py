@@ -4,10 +4,11 @@
         --lengths=256,512,1024 --tasks=lines,passkey --text=FILE
 
 Dense attention and a sliding window of the trained length are always among the policies: the
-baselines that any method has to beat. Loss is measured on windows of real text; beside it stands
-the loss on the very same tokens within the trained length. Tasks are generated within ``--lengths``
-tokens, output included, and the same examples go to all policies. What is short-context regression
-and what long-context gain stands in one row per policy.
+baselines that any method has to beat. ``POLICY@MODEL`` is a policy on another model with the same
+tokenizer, such as one that was fine-tuned for it. Loss is measured on windows of real text; beside
+it stands the loss of ``--model`` on the very same tokens within the trained length. Tasks are
+generated within ``--lengths`` tokens, output included, and the same examples go to all policies.
+What is short-context regression and what long-context gain stands in one row per policy.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from experiments import record
 from experiments.long_context_loss import (
     bucket_edges,
     bucket_means,
+    check_batches,
     cut_windows,
     in_range_nats,
     read_text,
@@ -78,6 +80,28 @@ def all_policies(settings: Settings, trained: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*baselines, *settings.policies)))
 
 
+def load_policies(names: Sequence[str], base: Model) -> dict[str, tuple[Model, Any]]:
+    """The model and policy of each name: ``POLICY`` on ``base``, or ``POLICY@MODEL``.
+
+    Raises:
+        ValueError: an unknown policy, one that does not fit its model, or another tokenizer.
+        FileNotFoundError: there is no such model.
+    """
+    models = {"": base}
+    found = {}
+    for name in names:
+        policy, _, place = name.partition("@")
+        if place not in models:
+            models[place] = load(place)
+            if models[place].tokenizer.fingerprint != base.tokenizer.fingerprint:
+                raise ValueError(
+                    f"{place} has another tokenizer than --model: lengths and losses would not "
+                    "compare."
+                )
+        found[name] = models[place], make_policy(policy, models[place].cfg)
+    return found
+
+
 def make_materials(settings: Settings, text: str) -> Materials:
     """What the tasks hide their needles in, and ask about."""
     source = made_up_source(0) if settings.haystack == "made-up" else read_source(text)
@@ -87,8 +111,8 @@ def make_materials(settings: Settings, text: str) -> Materials:
 
 def measure_loss(
     settings: Settings,
-    model: Model,
-    policies: dict[str, Any],
+    base: Model,
+    policies: dict[str, tuple[Model, Any]],
     ids: Sequence[int],
     trained: int,
 ) -> list[dict[str, Any]]:
@@ -96,10 +120,10 @@ def measure_loss(
     width = settings.bucket or max(1, trained // 4)
     longest = max(settings.lengths)
     windows = [cut_windows(ids, settings.windows, longest, seed) for seed in settings.seeds]
-    batch = settings.windows if settings.windows < settings.batch else settings.batch
-    known = [in_range_nats(model, w, trained, batch) for w in windows]
+    batch = min(settings.windows, settings.batch)
+    known = [in_range_nats(base, w, trained, batch) for w in windows]
     rows = []
-    for name, policy in policies.items():
+    for name, (model, policy) in policies.items():
         for length in settings.lengths:
             nats, excess, recalls = [], [], []
             for tokens, reference in zip(windows, known, strict=True):
@@ -130,8 +154,7 @@ def _by_bucket(by_seed: Sequence[np.ndarray], width: int) -> list[dict[str, Any]
 
 def measure_tasks(
     settings: Settings,
-    model: Model,
-    policies: dict[str, Any],
+    policies: dict[str, tuple[Model, Any]],
     encoder: PromptEncoder,
     sets: Sequence[TaskSet],
     trained: int,
@@ -139,7 +162,7 @@ def measure_tasks(
     """A row per policy, task and length."""
     width = settings.bucket or max(1, trained // 4)
     rows = []
-    for name, policy in policies.items():
+    for name, (model, policy) in policies.items():
         for tasks in sets:
             answerer = engine_answers(model, policy, encoder, tasks.length, settings.batch)
             rows.append({"policy": name, **evaluate(tasks, answerer, width)})
@@ -158,9 +181,9 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     model = load(settings.model)
     trained = trained_length(settings, model)
     short_length(settings.lengths, trained)
+    check_batches(settings.windows, min(settings.windows, settings.batch))
     names = all_policies(settings, trained)
-    policies = {name: make_policy(name, model)[0] for name in names}
-    limits = {name: make_policy(name, model)[1] for name in names}
+    policies = load_policies(names, model)
     text = read_text(settings.text)
     encoder = PromptEncoder(model.tokenizer, settings.chat)
     sets: list[TaskSet] = []
@@ -174,12 +197,12 @@ def run(settings: Settings) -> list[dict[str, Any]]:
             for length in settings.lengths
         ]
     rows = measure_loss(settings, model, policies, model.tokenizer.encode(text), trained)
-    rows += measure_tasks(settings, model, policies, encoder, sets, trained)
+    rows += measure_tasks(settings, policies, encoder, sets, trained)
     for name in names:
         summary = summarise(
             rows, name, trained, settings.loss_threshold, settings.accuracy_threshold
         )
-        rows.append({**summary, "trained": trained, "limit": limits[name]})
+        rows.append({**summary, "trained": trained})
     return rows
 
 

@@ -103,16 +103,21 @@ def reported_recall(aux: Any) -> float | None:
     return float(jnp.mean(aux["recall"]))
 
 
+def check_batches(windows: int, batch: int) -> None:
+    """Raise ValueError unless the windows are a multiple of the batch."""
+    if windows % batch:
+        raise ValueError(f"{windows} windows in batches of {batch}: make it a multiple.")
+
+
 def window_nats(
     model: Model, policy: Any, windows: Int32[np.ndarray, "count tokens"], batch: int
 ) -> tuple[Float[np.ndarray, "count t"], float | None]:
     """Nats by window and position, and the reported recall, ``batch`` windows at a time.
 
     Raises:
-        ValueError: the windows are no multiple of the batch.
+        ValueError: see :func:`check_batches`.
     """
-    if len(windows) % batch:
-        raise ValueError(f"{len(windows)} windows in batches of {batch}: make it a multiple.")
+    check_batches(len(windows), batch)
     parts, recalls = [], []
     for start in range(0, len(windows), batch):
         nats, aux = position_nats(
@@ -146,7 +151,7 @@ def in_range_nats(
 
 
 def bucket_edges(length: int, width: int) -> list[int]:
-    """Ends of the buckets of positions ``0 .. length - 1``: ``width`` each, the last may be less."""
+    """Ends of the buckets of ``0 .. length - 1``: ``width`` each, the last may be less."""
     return [*range(width, length, width), length]
 
 

@@ -58,36 +58,36 @@ def summarise(
             [mine[n]["excess"][-1] for n in lengths], lengths, lambda x: x <= loss_threshold
         ),
         "recall": mine[long]["recall"],
-        "tasks": {},
     }
-    for name in dict.fromkeys(row["task"] for row in rows if row["kind"] == "task"):
-        done = {
-            r["length"]: r
-            for r in rows
-            if r["kind"] == "task" and r["task"] == name and r["policy"] == policy
-        }
-        base = next(
-            r
-            for r in rows
-            if r["kind"] == "task"
-            and (r["task"], r["policy"], r["length"]) == (name, "dense", short)
-        )
-        at = sorted(done)
-        wanted = accuracy_threshold * base["accuracy"]["mean"]
-        # More than two standard errors of a coin above chance, over all examples and seeds.
-        trials = base["examples"] * len(base["accuracy"]["samples"])
-        noise = 2 * np.sqrt(base["chance"] * (1 - base["chance"]) / trials) + 1 / trials
-        able = base["accuracy"]["mean"] > base["chance"] + noise
-        summary["tasks"][name] = {
-            "short": done[short]["accuracy"],
-            "short_change": _difference(done[short]["accuracy"], base["accuracy"]),
-            "long": done[at[-1]]["accuracy"],
-            "chance": done[at[-1]]["chance"],
-            "effective": _effective([done[n]["accuracy"] for n in at], at, lambda x: x >= wanted)
-            if able
-            else None,
-        }
+    names = dict.fromkeys(row["task"] for row in rows if row["kind"] == "task")
+    summary["tasks"] = {
+        name: _task_summary(rows, policy, name, short, accuracy_threshold) for name in names
+    }
     return summary
+
+
+def _task_summary(
+    rows: Sequence[Row], policy: str, name: str, short: int, threshold: float
+) -> dict[str, Any]:
+    """Accuracy of a policy at one task, in range, at the longest length, and how far it holds."""
+    mine = [row for row in rows if row["kind"] == "task" and row["task"] == name]
+    done = {row["length"]: row for row in mine if row["policy"] == policy}
+    base = next(row for row in mine if (row["policy"], row["length"]) == ("dense", short))
+    at = sorted(done)
+    wanted = threshold * base["accuracy"]["mean"]
+    # More than two standard errors of a coin above chance, over all examples and seeds.
+    trials = base["examples"] * len(base["accuracy"]["samples"])
+    noise = 2 * np.sqrt(base["chance"] * (1 - base["chance"]) / trials) + 1 / trials
+    able = base["accuracy"]["mean"] > base["chance"] + noise
+    return {
+        "short": done[short]["accuracy"],
+        "short_change": _difference(done[short]["accuracy"], base["accuracy"]),
+        "long": done[at[-1]]["accuracy"],
+        "chance": done[at[-1]]["chance"],
+        "effective": _effective([done[n]["accuracy"] for n in at], at, lambda x: x >= wanted)
+        if able
+        else None,
+    }
 
 
 def short_length(lengths: Sequence[int], trained: int) -> int:
@@ -135,9 +135,10 @@ def show(rows: Sequence[Row]) -> str:
         )
     lines.append("")
     for r in (row for row in rows if row["kind"] == "task"):
+        mean, spread = (100 * r["accuracy"][name] for name in ("mean", "spread"))
         depths = " ".join(f"{100 * d['mean']:4.0f}" for d in r["by_depth"])
         lines.append(
-            f"{r['policy']:16} {r['task']:18} {r['length']:7d} {100 * r['accuracy']['mean']:6.1f}% "
-            f"± {100 * r['accuracy']['spread']:.1f} (chance {100 * r['chance']:.1f}) by depth {depths}"
+            f"{r['policy']:16} {r['task']:18} {r['length']:7d} {mean:6.1f}% ± {spread:.1f} "
+            f"(chance {100 * r['chance']:.1f}) by depth {depths}"
         )
     return "\n".join(lines)
