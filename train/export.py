@@ -4,6 +4,7 @@ From the newest checkpoint of a run (its moving average if it keeps one), or fro
 ``models.load`` knows (``--model=NAME``), write
 
 - a Hugging Face directory: config, safetensors, tokenizer and a README with the facts of the run;
+- for a trained position scheme ``positions.json``, which its policy reads (``--policy=clex:DIR``);
 - with ``--stablehlo=cpu,tpu,cuda`` also ``DIR/stablehlo``: programs and weights that
   :mod:`train.exported` runs without this repository.
 
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from absl import app, flags, logging
 
+from inference.policies.positions_file import write_positions
 from models import decoder
 from models.hf import save_hf
 from models.load import load
@@ -75,7 +77,10 @@ def export_run(run: pathlib.Path, out: pathlib.Path, options: Options) -> None:
         task = trained.task
         if isinstance(task, LanguageModel):
             params = task.combine(trained.params, None)
-            _write_model(folder, params, task.model, Tokenizer.load(task.tokenizer), options)
+            tokenizer = Tokenizer.load(task.tokenizer)
+            _write_model(folder, task.trunk(params), task.model, tokenizer, options)
+            if (told := task.positions(params)) is not None:
+                write_positions(folder, *told)
             facts = model_facts(task.model) | run_facts(run, trained, _windows_per_epoch(trained))
             write_card(folder, out.name, "A language model, trained by longreach.", facts)
         elif hasattr(task, "save"):

@@ -4,7 +4,6 @@ Each entry names a function ``load(arguments, cfg) -> policy`` as ``module:attri
 looked up when asked for, because some live in packages that this one must not import.
 """
 
-import dataclasses
 import pkgutil
 from typing import Any
 
@@ -23,11 +22,16 @@ POLICIES = {
     "ntk:FACTOR": "inference.policies.registry:load_ntk",
     "dynamic:FACTOR": "inference.policies.registry:load_dynamic",
     "yarn:FACTOR": "inference.policies.registry:load_yarn",
+    "power:K": "research.context.giraffe.bases:load_power",
+    "truncated:N": "research.context.giraffe.bases:load_truncated",
+    "giraffe:DIR": "research.context.giraffe.bases:load_policy",
+    "clex:DIR": "research.context.clex.scheme:load_policy",
     "dual_chunk:CHUNK:LOCAL": "inference.policies.registry:load_dual_chunk",
     "dual_chunk:CHUNK:LOCAL:TRAINED": "inference.policies.registry:load_dual_chunk",
 }
 """What can be asked for. Sizes are in tokens; ``FACTOR`` is the ratio of the wanted to the trained
-length; ``TRAINED`` switches dual chunk attention's temperature on beyond that many tokens."""
+length; ``TRAINED`` switches dual chunk attention's temperature on beyond that many tokens; ``DIR``
+is an exported run of the method."""
 
 
 @struct.dataclass
@@ -54,7 +58,7 @@ def check_policy(name: str) -> tuple[str, list[str]]:
     for form in forms:
         if form.count(":") == len(arguments) and all(arguments):
             return POLICIES[form], arguments
-        if form.endswith(":FILE") and arguments:
+        if form.endswith(":DIR") and arguments:
             return POLICIES[form], [":".join(arguments)]
     raise ValueError(f"policy {name!r} has the wrong arguments: write {' or '.join(forms)}.")
 
@@ -129,7 +133,7 @@ def _scaled(kind: str, arguments: list[str], cfg: Config) -> DensePolicy:
             f"policy {kind!r} takes a factor of 1 or more, got {arguments[0]!r}: write '{kind}:4'."
         )
     scaling = RopeScaling(kind, factor=factor, original_max_position=cfg.max_length)
-    return dataclasses.replace(default_policy(cfg), scheme=ScaledRope(scaling))
+    return default_policy(cfg, ScaledRope(scaling))
 
 
 def _whole(text: str, kind: str) -> int:

@@ -97,6 +97,13 @@ class LanguageModel(BaseTask):
         """The task's parameters with another decoder: the inverse of :meth:`trunk`."""
         return trunk
 
+    def positions(self, params: Any) -> tuple[str, dict[str, Any]] | None:
+        """The method and the facts of a trained position scheme, for the exported model.
+
+        See :mod:`inference.policies.positions_file`. None: the decoder's config says it all.
+        """
+        return None
+
     def policy(self, params: Any, step: Step, key: Array | None) -> AttentionPolicy | None:
         """How queries meet keys in one pass (None: the model's own way).
 

@@ -3,16 +3,22 @@
 Source: arXiv 2310.16450. The ODE itself is in :mod:`models.clex`.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
+from inference.policies.positions_file import read_positions
 from models import clex, decoder
-from models.attention import Rope, Step, check_default_rope
+from models.attention import DensePolicy, Rope, Step, check_default_rope
+from models.params import validate
 from models.positions import rope_angles, within_documents
+
+MATRICES = ("w_up", "w_down")
 
 
 @struct.dataclass
@@ -104,3 +110,27 @@ def check_model(cfg: decoder.Config, ode: clex.CLEXConfig) -> None:
                 f"CLEX is set up for {name} {value} and the model rotates with {theirs[name]}: "
                 f"give the ODE that {name}."
             )
+
+
+def describe(params: clex.CLEXParams, cfg: clex.CLEXConfig) -> dict[str, Any]:
+    """An ODE as JSON values, exactly."""
+    matrices = {name: np.asarray(getattr(params, name), np.float64).tolist() for name in MATRICES}
+    return {"cfg": dataclasses.asdict(cfg), **matrices}
+
+
+def load_policy(arguments: list[str], cfg: decoder.Config) -> DensePolicy:
+    """The frequencies of an exported run, for ``--policy=clex:DIR``.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`inference.policies.positions_file.read_positions`,
+            or an ODE that is damaged or of another model.
+    """
+    facts = read_positions(arguments[0], "clex")
+    try:
+        ode = clex.CLEXConfig(**facts["cfg"])
+        params = clex.CLEXParams(*(jnp.asarray(facts[name], jnp.float32) for name in MATRICES))
+        validate(params, clex.specs(ode))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{arguments[0]} tells no ODE ({error}): export it again.") from error
+    check_model(cfg, ode)
+    return decoder.default_policy(cfg, make_scheme(params, ode))

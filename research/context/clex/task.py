@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from models import clex, decoder
 from models.attention import AttentionPolicy, Step
-from research.context.clex.scheme import CLEX, check_model, draw_scheme
+from research.context.clex.scheme import CLEX, check_model, describe, draw_scheme
 from train.tasks.language_model import LanguageModel
 
 ODE = ".ode"  # its name in CLEXTaskParams
@@ -58,6 +58,10 @@ class CLEXTask(LanguageModel):
     def full_precision(self, name: str) -> bool:
         """The ODE."""
         return name.startswith(ODE)
+
+    def positions(self, params: CLEXTaskParams) -> tuple[str, dict[str, Any]]:
+        """See :class:`LanguageModel`."""
+        return "clex", describe(params.ode, self.ode)
 
     def draw(self, key: Array) -> tuple[Array, Array]:
         """The factor of a training pass, and the key of its positions."""

@@ -15,8 +15,16 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
+from inference.policies.positions_file import read_positions
 from models import decoder
-from models.attention import Frequencies, PositionScheme, Rope, Step, check_default_rope
+from models.attention import (
+    DensePolicy,
+    Frequencies,
+    PositionScheme,
+    Rope,
+    Step,
+    check_default_rope,
+)
 from models.positions import rope_theta
 
 SLOW_BAND = 8
@@ -201,3 +209,38 @@ def check_xpos(dim: int, scale_base: float, length: int, dtype: Any = jnp.float3
             f"{jnp.dtype(dtype).name}, and the length is {length}: raise scale_base, shorten the "
             "text or compute in another dtype."
         )
+
+
+def load_power(arguments: list[str], cfg: decoder.Config) -> DensePolicy:
+    """The power basis, for ``--policy=power:K``."""
+    return _load_plain("power", arguments[0], cfg)
+
+
+def load_truncated(arguments: list[str], cfg: decoder.Config) -> DensePolicy:
+    """The truncated basis, for ``--policy=truncated:N``."""
+    return _load_plain("truncate", arguments[0], cfg)
+
+
+def _load_plain(name: str, text: str, cfg: decoder.Config) -> DensePolicy:
+    try:
+        value = int(text) if name == "truncate" else float(text)
+    except ValueError as error:
+        raise ValueError(f"{name} takes a number, got {text!r}: as in power:0.5.") from error
+    return decoder.default_policy(cfg, make_scheme(cfg, Basis(**{name: value})))
+
+
+def load_policy(arguments: list[str], cfg: decoder.Config) -> DensePolicy:
+    """The basis of an exported run, for ``--policy=giraffe:DIR``.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`inference.policies.positions_file.read_positions`,
+            or a basis that does not go with the model.
+    """
+    facts = read_positions(arguments[0], "giraffe")
+    try:
+        basis, scale_base = Basis(**facts["basis"]), facts["scale_base"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{arguments[0]} tells no basis ({error}): export it again.") from error
+    # While the text is read: beyond the trained length the centre stays where it was in training.
+    scheme = make_scheme(cfg, basis, scale_base=scale_base, length=facts["length"])
+    return decoder.default_policy(cfg, scheme)

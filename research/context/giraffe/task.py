@@ -89,6 +89,12 @@ class GiraffeTask(LanguageModel):
         """See :class:`LanguageModel`."""
         return dataclasses.replace(params, trunk=trunk)
 
+    def positions(self, params: GiraffeParams) -> tuple[str, dict[str, Any]]:
+        """See :class:`LanguageModel`."""
+        reached = None if params.scale_base is None else float(params.scale_base)
+        facts = {"basis": dataclasses.asdict(self.basis), "scale_base": reached}
+        return "giraffe", {**facts, "length": self.sequence_length}
+
     def full_precision(self, name: str) -> bool:
         """B: bfloat16 has no 8184."""
         return name == SCALE_BASE

@@ -10,6 +10,8 @@ from models.attention import DensePolicy
 from models.positions import RopeScaling
 from tests.inference.models import assert_greedy, config, engine, prompts
 
+THETA = 10000.0 ** -(np.arange(4) / 4)
+
 
 def test_policies_are_made_by_name():
     cfg = config()
@@ -19,6 +21,9 @@ def test_policies_are_made_by_name():
     np.testing.assert_array_equal(narrow.windows, [3, 5])
     assert make_policy("dual_chunk:24:8", cfg) == DualChunkPolicy(24, 8)
     assert make_policy("dual_chunk:24:8:20", cfg) == DualChunkPolicy(24, 8, 20)
+    slowed = make_policy("power:0.5", cfg).scheme.inv_freq
+    np.testing.assert_allclose(slowed[1:] / slowed[0], THETA[1:] * (1 - np.arange(1, 4) / 4) ** 0.5)
+    assert make_policy("truncated:16", cfg).scheme.inv_freq[-1] == 0
     scheme = make_policy("yarn:4", cfg).scheme
     assert scheme == ScaledRope(RopeScaling("yarn", factor=4.0, original_max_position=160))
 
@@ -46,6 +51,8 @@ def test_a_named_scheme_is_the_configs_own(kind):
         ("dual_chunk:8:8", "0 <= local_size < chunk_size"),
         ("dual_chunk:800:8", "exceeds the model's 160"),
         ("yarn:0.5", "factor of 1 or more, got '0.5'"),
+        ("power:x", "power takes a number, got 'x'"),
+        ("truncated:1.5", "truncate takes a number, got '1.5'"),
         ("ntk:many", "factor of 1 or more, got 'many'"),
     ],
 )

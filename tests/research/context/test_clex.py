@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from inference.policies.positions_file import read_positions, write_positions
+from inference.policies.registry import make_policy
 from models import clex, decoder
 from models.attention import Step
+from models.load import load
 from models.positions import rope_theta
 from models.sharding import make_mesh
 from research.context.clex.scheme import CLEX, check_model, draw_scheme, make_scheme
@@ -28,6 +31,7 @@ from tests.research.context.fine_tuning import (
 from tests.research.context.test_decoding import clex_scheme
 from train import loop
 from train.config import TrainConfig, build
+from train.export import Options, export_run
 from train.metrics import read_metrics
 
 NAME = "research.context.clex.task:CLEXTask"
@@ -180,11 +184,22 @@ def test_decoder_and_ode_are_trained_together(config, tmp_path: pathlib.Path):
     built, mesh = build(TrainConfig, config.to_dict()), make_mesh("", jax.devices()[:1])
     task, context = prepared(config, NAME)
     first = task.init(jax.random.key(0), None, context)
-    last = loop.train(built, tmp_path, mesh).state.trained
+    last = loop.train(built, tmp_path / "run", mesh).state.trained
     assert float(jnp.abs(last.ode.w_down).max()) > 1e-4
     assert float(jnp.abs(first.ode.w_down).max()) == 0
-    factors = [x["factor"] for x in read_metrics(tmp_path / "metrics.jsonl") if "factor" in x]
+    factors = [
+        x["factor"] for x in read_metrics(tmp_path / "run" / "metrics.jsonl") if "factor" in x
+    ]
     assert len(factors) == 4 and set(factors) <= {1.0, 2.0, 3.0, 4.0}
+    # An exported run is read under its own frequencies.
+    export_run(tmp_path / "run", tmp_path / "out", Options())
+    model = load(tmp_path / "out")
+    policy = make_policy(f"clex:{tmp_path / 'out'}", model.cfg)
+    np.testing.assert_array_equal(
+        policy.scheme.table,
+        make_scheme(last.ode, task.ode).table,  # pyright: ignore
+    )
+    np.testing.assert_array_equal(model.params.embed, last.trunk.embed)
 
 
 def test_the_ode_alone_can_be_left_at_dynamic_ntk(config):
@@ -199,3 +214,18 @@ def test_an_ode_for_other_rotations_is_refused(config):
     wrong = dict(config.task.ode.to_dict(), base=5.0)
     with pytest.raises(ValueError, match=r"set up for base 5.0 and the model rotates with"):
         prepared(config, NAME, ode=wrong)
+
+
+def test_a_folder_that_tells_no_ode_is_refused(tmp_path: pathlib.Path):
+    name = f"clex:{tmp_path}"
+    with pytest.raises(FileNotFoundError, match="export a run of clex there"):
+        make_policy(name, CFG)
+    write_positions(tmp_path, "giraffe", {})
+    with pytest.raises(ValueError, match="is of 'giraffe': use that policy"):
+        make_policy(name, CFG)
+    write_positions(tmp_path, "clex", {"cfg": ode(8, CFG.rope_base), "w_up": [[1.0]]})
+    with pytest.raises(ValueError, match=r"tells no ODE .*export it again"):
+        make_policy(name, CFG)
+    (tmp_path / "positions.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        read_positions(str(tmp_path), "clex")

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from inference.policies.registry import make_policy
+from models.load import load
 from models.params import cast
 from models.sharding import make_mesh
 from research.context.giraffe.task import GiraffeParams, Slide, sliding
@@ -22,6 +24,7 @@ from tests.research.context.fine_tuning import (
 )
 from train import loop
 from train.config import TrainConfig, build
+from train.export import Options, export_run
 from train.metrics import read_metrics
 
 NAME = "research.context.giraffe.task:GiraffeTask"
@@ -47,6 +50,11 @@ def test_the_slide_of_xpos_goes_on_after_every_update(config, tmp_path: pathlib.
     assert first.given_up and float(first.state.trained.scale_base) == 8168
     second = loop.train(built, tmp_path, mesh)
     assert float(second.state.trained.scale_base) == 8160
+    # An exported run is read under the base that it reached.
+    export_run(tmp_path, out := tmp_path / "out", Options())
+    policy = make_policy(f"giraffe:{out}", load(out).cfg)
+    assert float(policy.scheme.scale_base) == 8160
+    assert float(policy.scheme.center) == LENGTH / 2
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [x["scale_base"] for x in lines if "scale_base" in x] == [8192, 8184, 8176, 8168]
 
