@@ -103,7 +103,7 @@ def test_the_card_says_what_the_run_says(root, written):
     assert rows["targets"].startswith(f"{total:,.0f} (")
     last = [line for line in lines if "evaluation/bits_per_byte" in line][-1]
     assert last["step"] == STEPS
-    assert rows["bits_per_byte"] == f"{last['evaluation/bits_per_byte']:.4f}"
+    assert rows["bits_per_byte"] == f"{last['evaluation/bits_per_byte']:.4g}"
     assert 0 < float(rows["epochs"]) < 1 and "by the metrics" in rows["time"]
     assert rows["command"] == "`python -m train --workdir=run`"
     assert launch["commit"] in rows["commit"] and launch["processor"] == rows["host"]
