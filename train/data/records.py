@@ -116,7 +116,8 @@ def write_documents(
     """
     rng = np.random.default_rng([mix.seed, 0])
     plain = corpus_pieces(texts, tokenizer, mix.length, np.random.default_rng([mix.seed, 1]))
-    joined = "\n\n".join(texts[i] for i in rng.permutation(len(texts)).tolist())[:_CHARACTERS]
+    order = rng.permutation(np.arange(len(texts)))
+    joined = "\n\n".join(texts[int(i)] for i in order)[:_CHARACTERS]
     data = Materials(read_source(joined), seed=mix.seed)
 
     def pieces(size: int) -> str:

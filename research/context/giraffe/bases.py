@@ -7,7 +7,8 @@ truncation runs in the same program. Source: Giraffe, arXiv 2308.10882, and xPos
 import dataclasses
 import math
 import numbers
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ from models.attention import (
     check_default_rope,
 )
 from models.positions import rope_theta
+
+Number = TypeVar("Number", int, float)
 
 SLOW_BAND = 8
 """Pairs down to this fraction of the cutoff turn slowly when truncated; those below, not at all."""
@@ -213,20 +216,21 @@ def check_xpos(dim: int, scale_base: float, length: int, dtype: Any = jnp.float3
 
 def load_power(arguments: list[str], cfg: decoder.Config) -> DensePolicy:
     """The power basis, for ``--policy=power:K``."""
-    return _load_plain("power", arguments[0], cfg)
+    basis = Basis(power=_parsed(float, "power", arguments[0]))
+    return decoder.default_policy(cfg, make_scheme(cfg, basis))
 
 
 def load_truncated(arguments: list[str], cfg: decoder.Config) -> DensePolicy:
     """The truncated basis, for ``--policy=truncated:N``."""
-    return _load_plain("truncate", arguments[0], cfg)
+    basis = Basis(truncate=_parsed(int, "truncated", arguments[0]))
+    return decoder.default_policy(cfg, make_scheme(cfg, basis))
 
 
-def _load_plain(name: str, text: str, cfg: decoder.Config) -> DensePolicy:
+def _parsed(kind: Callable[[str], Number], name: str, text: str) -> Number:
     try:
-        value = int(text) if name == "truncate" else float(text)
+        return kind(text)
     except ValueError as error:
         raise ValueError(f"{name} takes a number, got {text!r}: as in power:0.5.") from error
-    return decoder.default_policy(cfg, make_scheme(cfg, Basis(**{name: value})))
 
 
 def load_policy(arguments: list[str], cfg: decoder.Config) -> DensePolicy:

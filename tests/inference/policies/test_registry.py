@@ -52,7 +52,7 @@ def test_a_named_scheme_is_the_configs_own(kind):
         ("dual_chunk:800:8", "exceeds the model's 160"),
         ("yarn:0.5", "factor of 1 or more, got '0.5'"),
         ("power:x", "power takes a number, got 'x'"),
-        ("truncated:1.5", "truncate takes a number, got '1.5'"),
+        ("truncated:1.5", "truncated takes a number, got '1.5'"),
         ("ntk:many", "factor of 1 or more, got 'many'"),
     ],
 )
