@@ -19,7 +19,7 @@ QUICK := tests/ops tests/models tests/inference tests/goldens tests/test_packagi
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick test-slow test-aot lint smollm2 bench notebooks clean
+.PHONY: help setup demo test test-quick test-slow test-aot lint smollm2 bench bench-deeponet notebooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ smollm2: $(VENV)/.setup  ## fetch SmolLM2-135M-Instruct (Apache-2.0), a real pre
 
 bench: $(VENV)/.bench  ## compare decoding speed with transformers on PyTorch (installs both)
 	$(BIN)/python -m experiments.bench_decode $(ARGS)
+
+bench-deeponet: $(VENV)/.bench  ## compare training of DeepONet with DeepXDE on PyTorch
+	$(BIN)/python -m experiments.bench_deeponet $(ARGS)
 
 notebooks: $(VENV)/.notebook  ## execute the notebooks again, in place
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
