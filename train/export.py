@@ -31,8 +31,7 @@ from models.params import cast
 from models.safetensors_io import new_directory
 from models.tokenizer import Tokenizer, check_vocab
 from train.card import model_facts, run_facts, write_card
-from train.data.packing import PackedWindows
-from train.data.pipeline import DataConfig, load_tokens
+from train.data.pipeline import DataConfig, training_windows
 from train.stablehlo import check_platforms, write_stablehlo
 from train.tasks.language_model import LanguageModel
 from train.trained import Trained, read_trained
@@ -139,13 +138,12 @@ def _windows_per_epoch(trained: Trained) -> int | None:
         sequence_length=task.sequence_length,
         batch_size=config.batch_size,
         seed=config.seed,
+        whole=task.whole_documents,
     )
     try:
-        tokens = load_tokens(reading)
+        return training_windows(reading).windows_per_epoch
     except (ValueError, OSError):
         return None
-    windows = PackedWindows(tokens, task.sequence_length, config.seed, True, 1)
-    return windows.windows_per_epoch
 
 
 def main() -> None:

@@ -14,6 +14,9 @@ from train.data.tokens import Tokens
 
 Window = dict[str, np.ndarray]
 
+_WITHOUT_END = 2**20
+"""Epochs: grain needs a finite length that fits 64 bits."""
+
 
 def empty_window(length: int, pad_id: int) -> Window:
     """A window of padding: mask and segment 0 everywhere."""
@@ -58,8 +61,7 @@ class PackedWindows:
         self._tokens, self._length, self._seed, self._shuffle = tokens, length, seed, shuffle
         self._sizes = np.diff(tokens.offsets) + 1
         self.windows_per_epoch = -(-int(self._sizes.sum()) // length)
-        # Without end is 2**20 epochs: grain needs a finite length that fits 64 bits.
-        self._count = self.windows_per_epoch * (2**20 if epochs is None else epochs)
+        self._count = self.windows_per_epoch * (_WITHOUT_END if epochs is None else epochs)
         self._layout = functools.lru_cache(maxsize=2)(self._make_layout)
 
     def __len__(self) -> int:
@@ -103,6 +105,57 @@ class PackedWindows:
         return documents, starts, windows
 
 
+class WholeDocuments:
+    """As :class:`PackedWindows`, but no document is cut: one that does not fit begins a window.
+
+    For corpora whose documents are about as long as a window, and have to be read from their
+    beginning. Documents are packed in corpus order, once; epochs differ in the order of windows.
+
+    Raises ``ValueError`` for a document of more positions than a window has.
+    """
+
+    def __init__(self, tokens: Tokens, length: int, seed: int, shuffle: bool, epochs: int | None):
+        self._tokens, self._length, self._seed, self._shuffle = tokens, length, seed, shuffle
+        sizes = np.diff(tokens.offsets) + 1
+        if sizes.size and int(sizes.max()) > length:
+            raise ValueError(
+                f"a document has {int(sizes.max())} positions, its end included, and windows have "
+                f"{length}: make documents shorter, windows longer, or let documents be cut."
+            )
+        firsts, room = [0], length
+        for document, size in enumerate(sizes.tolist()):
+            if size > room:
+                firsts.append(document)
+                room = length
+            room -= size
+        self._firsts = np.append(firsts, len(sizes))
+        self.windows_per_epoch = len(firsts)
+        self._count = self.windows_per_epoch * (_WITHOUT_END if epochs is None else epochs)
+        self._order = functools.lru_cache(maxsize=2)(self._make_order)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Window:
+        epoch, visit = divmod(index, self.windows_per_epoch)
+        number = int(self._order(epoch)[visit])
+        window, at = self.empty(), 0
+        for document in range(self._firsts[number], self._firsts[number + 1]):
+            size = int(self._tokens.offsets[document + 1] - self._tokens.offsets[document]) + 1
+            _place(window, at, self._tokens, document, 0, size)
+            at += size
+        return window
+
+    def empty(self) -> Window:
+        """A window whose mask is zero throughout."""
+        return empty_window(self._length, self._tokens.eos_id)
+
+    def _make_order(self, epoch: int) -> Int[np.ndarray, " w"]:
+        if self._shuffle:
+            return permutation(self._seed, epoch, self.windows_per_epoch)
+        return np.arange(self.windows_per_epoch)
+
+
 class DocumentWindows:
     """Each document cut on its own into windows of ``length``, in corpus order, for evaluation.
 
@@ -135,7 +188,7 @@ class DocumentWindows:
         return empty_window(self._length, self._tokens.eos_id)
 
 
-Windows = PackedWindows | DocumentWindows
+Windows = PackedWindows | WholeDocuments | DocumentWindows
 
 
 class ProcessRows:

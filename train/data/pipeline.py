@@ -15,7 +15,13 @@ import grain
 
 from models.tokenizer import Tokenizer
 from train.data.corpus import load_corpus
-from train.data.packing import DocumentWindows, PackedWindows, ProcessRows, Windows
+from train.data.packing import (
+    DocumentWindows,
+    PackedWindows,
+    ProcessRows,
+    WholeDocuments,
+    Windows,
+)
 from train.data.sources import SPLITS
 from train.data.tokens import Tokens, tokenize
 
@@ -36,6 +42,7 @@ class DataConfig:
       seed: of the orders of documents and windows.
       shuffle: whether to reorder them each epoch.
       epochs: passes over the split; None: without end.
+      whole: whether to pack documents whole instead of cutting them at the ends of windows.
       process_index, process_count: which share of each global batch this process reads.
 
     Raises ``ValueError`` for values out of range.
@@ -49,6 +56,7 @@ class DataConfig:
     seed: int
     shuffle: bool = True
     epochs: int | None = None
+    whole: bool = False
     process_index: int = 0
     process_count: int = 1
 
@@ -79,11 +87,14 @@ def make_dataset(config: DataConfig) -> grain.IterDataset:
     Batches depend only on the config, the corpus and the tokenizer. For every
     ``process_count`` the processes' rows together are the same global batches.
     """
+    return _batched(training_windows(config), config)
+
+
+def training_windows(config: DataConfig) -> PackedWindows | WholeDocuments:
+    """The windows that training batches are made of, in their order."""
+    kind = WholeDocuments if config.whole else PackedWindows
     tokens = load_tokens(config)
-    windows = PackedWindows(
-        tokens, config.sequence_length, config.seed, config.shuffle, config.epochs
-    )
-    return _batched(windows, config)
+    return kind(tokens, config.sequence_length, config.seed, config.shuffle, config.epochs)
 
 
 def evaluation_batches(config: DataConfig, overlap: int = 0) -> grain.IterDataset:

@@ -28,7 +28,8 @@ class LanguageModel(BaseTask):
 
     ``unroll`` compiles each layer on its own instead of scanning them: longer to compile, and
     faster on CPU, where a scan copies what the backward pass needs. ``start_from`` names a model
-    (see :func:`models.load.load`) whose weights training begins with.
+    (see :func:`models.load.load`) whose weights training begins with. ``whole_documents`` packs
+    documents whole instead of cutting them at the ends of rows.
     """
 
     model: decoder.Config
@@ -40,6 +41,7 @@ class LanguageModel(BaseTask):
     unroll: bool = False
     remat: bool = False
     start_from: str | None = None
+    whole_documents: bool = False
 
     def specs(self) -> decoder.Params:
         """The decoder's parameters."""
@@ -165,6 +167,7 @@ class LanguageModel(BaseTask):
             sequence_length=self.sequence_length,
             batch_size=rows,
             seed=context.config.seed,
+            whole=self.whole_documents,
             process_index=context.process_index,
             process_count=context.process_count,
         )

@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data.packing import DocumentWindows, PackedWindows, ProcessRows, permutation
+from train.data.packing import (
+    DocumentWindows,
+    PackedWindows,
+    ProcessRows,
+    WholeDocuments,
+    permutation,
+)
 from train.data.tokens import Tokens
 
 START, END = 1000, 1001
@@ -47,6 +53,34 @@ def test_an_epoch_predicts_every_token_and_end_exactly_once(lengths, length, see
     for epoch in range(3):
         shown = [packed[epoch * per_epoch + visit] for visit in range(per_epoch)]
         assert sorted(counted(shown)) == sorted(pairs_of(tokens))
+
+
+@settings(max_examples=40, deadline=None)
+@given(documents_strategy, st.integers(14, 20), st.integers(0, 3), st.booleans())
+def test_whole_documents_begin_at_position_0_and_end_in_their_window(
+    lengths, length, seed, shuffle
+):
+    tokens = make_tokens(lengths)
+    packed = WholeDocuments(tokens, length, seed, shuffle, epochs=2)
+    assert len(packed) == 2 * packed.windows_per_epoch
+    for epoch in range(2):
+        shown = [packed[epoch * packed.windows_per_epoch + v] for v in range(len(packed) // 2)]
+        assert sorted(counted(shown)) == sorted(pairs_of(tokens))
+        for window in shown:
+            for segment in range(1, window["segments"].max() + 1):
+                here = window["segments"] == segment
+                assert window["tokens"][here][0] == START and window["targets"][here][-1] == END
+                assert window["positions"][here].tolist() == list(range(here.sum()))
+
+
+def test_whole_documents_fill_windows_and_move_between_epochs():
+    tokens = make_tokens([3, 3, 3] * 20)  # 4 positions each, two to a window
+    packed = WholeDocuments(tokens, 9, seed=0, shuffle=True, epochs=None)
+    assert packed.windows_per_epoch == 30
+    first, second = ([packed[30 * e + v]["tokens"][1] for v in range(30)] for e in range(2))
+    assert first != second and sorted(first) == sorted(second)
+    with pytest.raises(ValueError, match=r"4 positions.*windows have 3"):
+        WholeDocuments(tokens, 3, 0, True, None)
 
 
 def test_window_contents_by_hand():
