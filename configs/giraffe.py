@@ -1,36 +1,38 @@
-"""Giraffe: the shipped base model, trained at 512 tokens, fine-tuned at 1,024 under another basis.
+"""Giraffe: the base model, trained at 256 tokens, fine-tuned at 512 under another basis.
 
+    python -m train.data.records --tokenizer=assets/python-5m --length=511 --tokens=6000000 \
+        --seed=1 --tasks=lines-short,lines-short,passkey-short,needle,multi-key \
+        --out=runs/records512.jsonl
     python -m train --config=configs/giraffe.py --workdir=runs/giraffe
 
 The bases of the survey, the first of which is the one above:
 
     --config.task.basis.scale=4
     --config.task.basis.scale=1 --config.task.basis.power=0.5
-    --config.task.basis.scale=1 --config.task.basis.truncate=512
+    --config.task.basis.scale=1 --config.task.basis.truncate=256
     --config.task.basis.scale=1 --config.task.basis.randomize=True
     --config.task.basis.scale=1 --config.task.basis.xpos=True
     --config.task.basis.scale=1
 
-The last is plain RoPE, and the baseline. With `--config.task.model.rope.rope_type=yarn` and
-`--config.task.model.rope.factor=4` it is YaRN.
-
-Minutes and expected bits per byte: not measured yet.
+The last is plain RoPE, and the baseline. With `--config.task.basis.scale=1`,
+`--config.task.model.rope.rope_type=yarn` and `--config.task.model.rope.factor=4` it is YaRN.
+`python -m experiments.context_methods` trains and compares all of them.
 """
 
-from configs import base_lm
+from configs import records_lm
 from configs.defaults import Config
 
 
 def get_config() -> Config:
-    """300 updates of 4,096 tokens at twice the trained length; the learning rate is not tuned."""
-    config = base_lm.get_config()
+    """300 updates of 16,384 tokens at twice the trained length."""
+    config = records_lm.get_config()
     config.task.update(
         {
             "name": "research.context.giraffe.task:GiraffeTask",
-            "start_from": "python-5m",
-            "tokenizer": "assets/python-5m",
-            "sequence_length": 1024,
-            "evaluation_rows": 4,
+            "start_from": "records-11m",
+            "corpus": "text:runs/records512.jsonl",
+            "sequence_length": 512,
+            "evaluation_rows": 32,
             "basis": {
                 "scale": 4.0,
                 "power": 0.0,
@@ -45,13 +47,13 @@ def get_config() -> Config:
     config.task.model.rope = {
         "rope_type": "default",
         "factor": 1.0,
-        "original_max_position": 512,
+        "original_max_position": 256,
     }
     config.steps = 300
-    config.batch_size = 4
+    config.batch_size = 32
     config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup_steps = 20
     config.optimizer.weight_decay = 0.0
-    config.evaluate_every = 150
-    config.checkpoint_every = 100
+    config.evaluate_every = 300
+    config.checkpoint_every = 300
     return config

@@ -23,15 +23,15 @@ _BEGIN = re.compile(r"\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG.*?\*\*\*",
 _END = re.compile(r"\*\*\* ?END OF (?:THE|THIS) PROJECT GUTENBERG")
 
 
-def read_text(name: str) -> str:
-    """A file's text without Project Gutenberg's frame, or the test split of a corpus by name.
+def read_text(name: str, split: str = "test") -> str:
+    """A file's text without Project Gutenberg's frame, or a split of a corpus by name.
 
     Raises:
         ValueError, FileNotFoundError: see :func:`train.data.corpus.load_corpus`.
     """
     path = pathlib.Path(name)
     if not path.is_file():
-        return "\n\n".join(document.text for document in load_corpus(name, "test"))
+        return "\n\n".join(document.text for document in load_corpus(name, split))
     text = path.read_text(encoding="utf-8-sig").replace("\r\n", "\n")
     if begin := _BEGIN.search(text):
         text = text[begin.end() :]

@@ -130,7 +130,10 @@ def write_documents(
             ids = next(plain, None)
             if ids is None:
                 raise ValueError(f"no text has {mix.length} tokens: give more, or a shorter one.")
-            yield PLAIN, tokenizer.decode(ids)
+            text = tokenizer.decode(ids)
+            # What a piece begins or ends in the middle of may take more tokens on its own.
+            if len(tokenizer.encode(text)) <= mix.length:
+                yield PLAIN, text
             continue
         name = mix.tasks[int(rng.integers(len(mix.tasks)))]
         yield name, _task_document(rng, name, mix.length, tokenizer, data, pieces)

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array
 
@@ -28,13 +29,15 @@ class CLEXTask(LanguageModel):
     """A language model trained on rows whose positions span up to ``max_factor`` contexts.
 
     Each pass draws one factor and one row of positions. Evaluation takes each row's own length.
-    The ODE is the optimiser's group ``ode``, and is computed in float32.
+    The ODE is the optimiser's group ``ode``, and is computed in float32. ``plain_frequencies`` is
+    the paper's control: the same positions under the model's own frequencies, whatever the length.
 
     Raises:
         ValueError: an ODE for other rotations than the model's.
     """
 
     ode: clex.CLEXConfig
+    plain_frequencies: bool = False
 
     def __post_init__(self):
         check_model(self.model, self.ode)
@@ -59,8 +62,10 @@ class CLEXTask(LanguageModel):
         """The ODE."""
         return name.startswith(ODE)
 
-    def positions(self, params: CLEXTaskParams) -> tuple[str, dict[str, Any]]:
+    def positions(self, params: CLEXTaskParams) -> tuple[str, dict[str, Any]] | None:
         """See :class:`LanguageModel`."""
+        if self.plain_frequencies:
+            return None
         return "clex", describe(params.ode, self.ode)
 
     def draw(self, key: Array) -> tuple[Array, Array]:
@@ -68,13 +73,20 @@ class CLEXTask(LanguageModel):
         for_factor, for_positions = jax.random.split(key)
         return clex.draw_factor(for_factor, self.ode), for_positions
 
-    def policy(self, params: CLEXTaskParams, step: Step, key: Array | None) -> AttentionPolicy:
+    def policy(
+        self, params: CLEXTaskParams, step: Step, key: Array | None
+    ) -> AttentionPolicy | None:
         """With ``key`` the drawn factor, otherwise that of each row's length."""
         if key is None:
+            if self.plain_frequencies:
+                return None
             scheme = CLEX(clex.table(params.ode, self.ode), self.ode)
         else:
             t, for_positions = self.draw(key)
             scheme = draw_scheme(params.ode, self.ode, step, t, for_positions)
+            if self.plain_frequencies:
+                plain = clex.frequencies_at(params.ode, self.ode, jnp.ones_like(t))
+                scheme = dataclasses.replace(scheme, inv_freq=plain)
         return decoder.default_policy(self.model, scheme)
 
     def loss(

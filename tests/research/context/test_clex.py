@@ -156,6 +156,20 @@ def test_positions_are_drawn_in_training_only(prepared_task):
     assert isinstance(task.policy(params, step_of(batch), None).scheme, CLEX)
 
 
+def test_the_control_draws_the_same_positions_at_the_models_frequencies(prepared_task):
+    task, params = prepared_task
+    control = dataclasses.replace(task, plain_frequencies=True)
+    step = step_of(batch_of([LENGTH]))
+    keys = [jax.random.key(seed) for seed in range(6)]
+    ours, theirs = ([t.policy(params, step, key).scheme for key in keys] for t in (control, task))
+    theta = rope_theta(CFG.rotary_dim, CFG.rope_base)
+    for mine, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(mine.positions, other.positions)
+        np.testing.assert_allclose(mine.inv_freq, theta, rtol=1e-6)
+    assert any(np.abs(other.inv_freq - theta).max() > 1e-3 for other in theirs)
+    assert control.policy(params, step, None) is None and control.positions(params) is None
+
+
 def slopes(task, params, t: float):
     """Gradient of the loss of a pass at one factor by the ODE's parameters."""
     batch, key = batch_of([LENGTH]), jax.random.key(1)

@@ -1,0 +1,246 @@
+"""Methods for longer contexts, trained from one base model under equal tuning, and its policies.
+
+    python -m experiments.context_methods --folder=runs/context --jobs=2
+
+Every method of :mod:`experiments.context_trainings` is trained with every rate of ``--rates`` on
+the first seed; the rate whose model reads validation text of ``--choose_length`` tokens best is
+taken for the other seeds. Then all of them, and the policies that need no training, read the same
+texts and answer the same tasks (:mod:`experiments.long_context`), a seed of training with a seed of
+texts. The same command goes on where it was stopped. The corpora are those of
+``configs/records_lm.py`` and ``configs/giraffe.py``, and for the methods ``text`` and ``tasks``:
+
+    python -m train.data.records --tokenizer=assets/python-5m --length=255 --tokens=3000000 \\
+        --seed=2 --share=0 --out=runs/records_text.jsonl
+    python -m train.data.records --tokenizer=assets/python-5m --length=255 --tokens=3000000 \\
+        --seed=2 --tasks=infilling,keyword-paragraph,position-paragraph,reorder \\
+        --out=runs/records_tasks.jsonl
+"""
+
+import concurrent.futures
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import app, flags, logging
+
+from experiments import context_statements, long_context, record, statements
+from experiments.context_trainings import CONFIGS, METHODS, Settings, command, export_folder
+from experiments.long_context_loss import cut_windows, read_text, window_nats
+from experiments.long_context_summary import show, summarise
+from experiments.settings import from_flags
+from models.load import load
+from train.run_folder import write_json
+
+ZERO_SHOT = {
+    "linear 4": "linear:4",
+    "NTK 4": "ntk:4",
+    "dynamic NTK": "dynamic:1",
+    "YaRN 4": "yarn:4",
+    "power 0.1": "power:0.1",
+    "power 0.5": "power:0.5",
+    "truncated": "truncated:256",
+    "dual chunk": "dual_chunk:192:32",
+    "dual chunk, temperature": "dual_chunk:192:32:256",
+}
+"""Policies of the base model without training, beside dense attention and a window."""
+
+
+def in_parallel(commands: Sequence[Sequence[str]], jobs: int, logs: pathlib.Path) -> None:
+    """Run commands, ``jobs`` at a time, each with a log of its own.
+
+    Raises:
+        RuntimeError: one failed; those that run are waited for.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+
+    def run(number: int, words: Sequence[str]) -> None:
+        path = logs / f"{number}.log"
+        with path.open("w") as log:
+            done = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT)
+        if done.returncode:
+            tail = path.read_text(errors="replace").strip().splitlines()[-1:]
+            raise RuntimeError(f"{' '.join(words)} failed ({' '.join(tail)}): see {path}.")
+        print(f"done {number + 1} of {len(commands)}", flush=True)
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        for future in [pool.submit(run, i, words) for i, words in enumerate(commands)]:
+            future.result()
+
+
+def train_all(settings: Settings, pairs: Sequence[tuple[str, str, int]]) -> None:
+    """Train and export every (method, rate, seed) that has no export yet."""
+    folder = pathlib.Path(settings.folder)
+    missing = [pair for pair in pairs if not export_folder(settings, *pair).exists()]
+    runs = [command(settings, *pair) for pair in missing]
+    in_parallel(runs, settings.jobs, folder / "logs" / "train")
+    exports = [
+        [
+            sys.executable, "-m", "train.export",
+            f"--run={export_folder(settings, *pair).parent / 'run'}",
+            f"--out={export_folder(settings, *pair)}",
+        ]
+        for pair in missing
+    ]  # fmt: skip
+    in_parallel(exports, settings.jobs, folder / "logs" / "export")
+
+
+def choose_rates(settings: Settings) -> dict[str, dict[str, Any]]:
+    """For each method the loss of every rate on validation text, and the best rate."""
+    path = pathlib.Path(settings.folder) / "rates.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    ids: list[int] = []
+    for method in settings.methods:
+        if method in known:
+            continue
+        label, form = next(iter(METHODS[method].policies.items()))
+        losses = {}
+        for rate in settings.rates:
+            place = export_folder(settings, method, rate, settings.seeds[0])
+            model = load(str(place))
+            ids = ids or model.tokenizer.encode(read_text(settings.text, "validation"))
+            windows = cut_windows(ids, settings.windows, settings.choose_length, seed=1000)
+            name = form.replace("DIR", str(place))
+            _, policy = long_context.load_policies([name], model)[name]
+            losses[rate] = float(window_nats(model, policy, windows, settings.batch)[0].mean())
+            print(f"{label} at rate {rate}: {losses[rate]:.3f} on validation text", flush=True)
+        known[method] = {"losses": losses, "best": min(losses, key=lambda r: losses[r])}
+        write_json(path, known)
+    return {method: known[method] for method in settings.methods}
+
+
+def policies_of(settings: Settings, rates: dict[str, dict[str, Any]], seed: int) -> dict[str, str]:
+    """Every policy by its label, as :mod:`experiments.long_context` takes it."""
+    named = dict(ZERO_SHOT)
+    for method in settings.methods:
+        place = str(export_folder(settings, method, rates[method]["best"], seed))
+        for label, form in METHODS[method].policies.items():
+            named[label] = form.replace("DIR", place)
+    return named
+
+
+def evaluate_seed(settings: Settings, seed: int) -> None:
+    """Read texts and answer tasks with one seed's models; leaves the rows in a file."""
+    rates = choose_rates(settings)
+    named = policies_of(settings, rates, seed)
+    trained = load(settings.model).cfg.max_length
+    names = {"dense": "dense", f"window:{trained}": "window"} | {v: k for k, v in named.items()}
+    asked = long_context.Settings(
+        model=settings.model, policies=tuple(named.values()), lengths=settings.lengths,
+        tasks=settings.tasks, text=settings.text, haystack="text", items="", chat=False,
+        seeds=(seed,), windows=settings.windows, depths=settings.depths, count=settings.count,
+        batch=settings.batch, trained=trained, bucket=0, loss_threshold=settings.loss_threshold,
+        accuracy_threshold=settings.accuracy_threshold,
+    )  # fmt: skip
+    rows = [row for row in long_context.run(asked) if row["kind"] != "summary"]
+    for row in rows:
+        row["policy"] = names[row["policy"]]
+    write_json(_rows_file(settings, seed), rows)
+
+
+def _rows_file(settings: Settings, seed: int) -> pathlib.Path:
+    return pathlib.Path(settings.folder) / f"rows-{seed}.json"
+
+
+def merged(parts: Sequence[Any]) -> Any:
+    """The same row of several seeds as one: samples are joined, all else must agree.
+
+    Raises:
+        ValueError: what is no sample differs between the seeds.
+    """
+    first = parts[0]
+    if isinstance(first, dict) and "samples" in first:
+        return record.sample([x for part in parts for x in part["samples"]])
+    if isinstance(first, dict):
+        return {key: merged([part[key] for part in parts]) for key in first}
+    if isinstance(first, list):
+        return [merged(list(items)) for items in zip(*parts, strict=True)]
+    if any(part != first for part in parts):
+        raise ValueError(
+            f"seeds disagree on {first!r}: evaluate them with one version of the code."
+        )
+    return first
+
+
+def run(settings: Settings) -> list[dict[str, Any]]:
+    """Trainings, the choice of rates, evaluations; the rows of all seeds and their summaries.
+
+    Raises:
+        RuntimeError: a training or an evaluation failed.
+        ValueError, FileNotFoundError: see :func:`experiments.long_context.run`.
+    """
+    first, *others = settings.seeds
+    train_all(settings, [(m, rate, first) for m in settings.methods for rate in settings.rates])
+    rates = choose_rates(settings)
+    train_all(settings, [(m, rates[m]["best"], s) for m in settings.methods for s in others])
+    todo = [seed for seed in settings.seeds if not _rows_file(settings, seed).exists()]
+    again = [a for a in sys.argv[1:] if not a.startswith("--evaluate_seed")]
+    own = [sys.executable, "-m", "experiments.context_methods", *again]
+    in_parallel(
+        [[*own, f"--evaluate_seed={seed}"] for seed in todo],
+        settings.jobs,
+        pathlib.Path(settings.folder) / "logs" / "evaluate",
+    )
+    by_seed = [json.loads(_rows_file(settings, seed).read_text()) for seed in settings.seeds]
+    rows = [merged(parts) for parts in zip(*by_seed, strict=True)]
+    trained = load(settings.model).cfg.max_length
+    for name in dict.fromkeys(row["policy"] for row in rows):
+        summary = summarise(
+            rows, name, trained, settings.loss_threshold, settings.accuracy_threshold
+        )
+        rows.append({**summary, "trained": trained})
+    rows += [{"kind": "rates", "method": m, **rates[m]} for m in settings.methods]
+    return rows
+
+
+def main(_: Sequence[str]) -> None:
+    """Run with the flags' settings, print and save."""
+    logging.set_verbosity(logging.WARNING)
+    settings = from_flags(Settings)
+    try:
+        settings = settings.checked()
+        if flags.FLAGS.evaluate_seed >= 0:
+            evaluate_seed(settings, flags.FLAGS.evaluate_seed)
+            return
+        rows = run(settings)
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        raise SystemExit(f"error: {error}") from error
+    flat = context_statements.rows_by_method(rows)
+    answers = statements.answer(flat, context_statements.STATEMENTS, len(settings.seeds))
+    print(show(rows))
+    print(statements.show(answers))
+    folder = pathlib.Path(flags.FLAGS.out) if flags.FLAGS.out else None
+    path = record.save(
+        "context_methods", rows, config=settings, seeds=settings.seeds, statements=answers,
+        folder=folder,
+    )  # fmt: skip
+    print("saved", path)
+
+
+def define_flags() -> None:
+    """The command's flags."""
+    flags.DEFINE_string("model", "records-11m", "The base model.")
+    flags.DEFINE_string("folder", "runs/context", "Where trainings and rows are kept.")
+    flags.DEFINE_list("methods", list(METHODS), f"What to train, with {', '.join(CONFIGS)}.")
+    flags.DEFINE_list("rates", ["2e-4", "5e-4", "1e-3"], "Learning rates to choose from.")
+    flags.DEFINE_integer("choose_length", 1024, "Length of the text that chooses.")
+    flags.DEFINE_list("lengths", ["256", "512", "1024", "2048", "4096"], "Tokens of texts.")
+    flags.DEFINE_list("tasks", ["lines-short", "passkey-short"], "Tasks to answer.")
+    flags.DEFINE_string("text", "python_stdlib", "A corpus: validation chooses, test measures.")
+    flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of trainings and texts.")
+    flags.DEFINE_integer("windows", 8, "Windows of text per seed.", lower_bound=1)
+    flags.DEFINE_integer("depths", 5, "Depths from 0 to 1.", lower_bound=1)
+    flags.DEFINE_integer("count", 8, "Examples per depth, length and seed.", lower_bound=1)
+    flags.DEFINE_integer("batch", 8, "Rows of a pass.", lower_bound=1)
+    flags.DEFINE_integer("jobs", 1, "Trainings or evaluations at a time.", lower_bound=1)
+    flags.DEFINE_integer("evaluate_seed", -1, "Only evaluate this seed's models.")
+    flags.DEFINE_float("loss_threshold", 0.05, "Nats above the loss in range that still count.")
+    flags.DEFINE_float("accuracy_threshold", 0.8, "Share of the accuracy in range that counts.")
+    flags.DEFINE_string("out", "", "Folder of the result; default: the committed ones.")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
