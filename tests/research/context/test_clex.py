@@ -162,7 +162,7 @@ def test_the_control_draws_the_same_positions_at_the_models_frequencies(prepared
     step = step_of(batch_of([LENGTH]))
     keys = [jax.random.key(seed) for seed in range(6)]
     ours, theirs = ([t.policy(params, step, key).scheme for key in keys] for t in (control, task))
-    theta = rope_theta(CFG.rotary_dim, CFG.rope_base)
+    theta = rope_theta(task.ode.head_dim, task.ode.base)
     for mine, other in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(mine.positions, other.positions)
         np.testing.assert_allclose(mine.inv_freq, theta, rtol=1e-6)
