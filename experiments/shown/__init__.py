@@ -10,6 +10,7 @@ from experiments.shown import (
     foundation,
     lc_pfn,
     metric_grids,
+    pipeline,
     speculative,
 )
 
@@ -21,6 +22,7 @@ TABLES = (
     *lc_pfn.TABLES,
     *early_stopping.TABLES,
     *metric_grids.TABLES,
+    *pipeline.TABLES,
 )
 """Every committed table."""
 
@@ -30,5 +32,6 @@ FIGURES = (
     *lc_pfn.FIGURES,
     *early_stopping.FIGURES,
     *metric_grids.FIGURES,
+    *pipeline.FIGURES,
 )
 """Every committed figure."""

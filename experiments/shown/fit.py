@@ -77,4 +77,8 @@ class FitTable(Table):
         return f"{markdown(self.header, rows)}\n\n{caption}"
 
 
-TABLES = (FitTable("fit", "WORKSPACE.md", "fit", HEADER, row),)
+PAGE = "research/context/README.md"
+TABLES = (
+    FitTable("fit", PAGE, "fit", HEADER, row),
+    FitTable("fit-refused", PAGE, "fit_refused", HEADER, row),
+)

@@ -172,15 +172,18 @@ def even_stages(
 
 
 def best_equal(
-    tokens: int,
-    cost: ChunkCost,
-    stages: int,
-    counts: Iterable[int],
-    multiple: int = 1,
-) -> Int[np.ndarray, " chunks"]:
-    """The equal sizes, among all ``counts`` of chunks, with the least predicted makespan."""
+    lengths: Sequence[int], cost: ChunkCost, stages: int, sizes: Iterable[int], multiple: int = 1
+) -> list[Int[np.ndarray, " chunks"]]:
+    """Equal chunks of all prompts: of the ``sizes`` to try, that with the least predicted makespan.
 
-    def makespan(sizes: np.ndarray) -> float:
-        return simulate(even_stages(cost.times(sizes), stages)).makespan
+    Each prompt has as many chunks as hold at most that many tokens, evenly.
+    """
 
-    return min((equal_chunks(tokens, count, multiple) for count in counts), key=makespan)
+    def cut(size: int) -> list[np.ndarray]:
+        return [equal_chunks(n, -(-n // size), multiple) for n in lengths]
+
+    def makespan(plans: list[np.ndarray]) -> float:
+        times = np.concatenate([cost.times(plan) for plan in plans])
+        return simulate(even_stages(times, stages)).makespan
+
+    return min(map(cut, sizes), key=makespan)

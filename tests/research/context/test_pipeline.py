@@ -94,8 +94,9 @@ def test_the_number_of_chunks_is_the_best_one(stages):
     best = min(makespan(plan_chunks(8192, cost, stages, count)) for count in counts)
     chosen = plan_chunks(8192, cost, stages)
     assert best <= makespan(chosen) < 1.001 * best
-    strongest = best_equal(8192, cost, stages, counts)
-    assert makespan(strongest) == min(makespan(equal_chunks(8192, n)) for n in counts)
+    tried = [-(-8192 // count) for count in counts]
+    (strongest,) = best_equal([8192], cost, stages, tried)
+    assert makespan(strongest) == min(makespan(equal_chunks(8192, -(-8192 // n))) for n in tried)
     assert makespan(chosen) < makespan(strongest)
     assert len(plan_chunks(8192, cost, 1)) == 1  # nothing to overlap
 
