@@ -101,7 +101,9 @@ def test_the_number_of_chunks_is_the_best_one(stages):
     assert len(plan_chunks(8192, cost, 1)) == 1  # nothing to overlap
 
 
-@pytest.mark.parametrize("tokens, count, multiple", [(1000, 7, 64), (64, 64, 1), (129, 3, 64)])
+@pytest.mark.parametrize(
+    "tokens, count, multiple", [(1000, 7, 64), (64, 64, 1), (129, 3, 64), (100, 60, 1)]
+)
 def test_sizes_are_whole_blocks_and_make_up_the_prompt(tokens, count, multiple):
     for sizes in (
         plan_chunks(tokens, COST, 2, count, multiple),

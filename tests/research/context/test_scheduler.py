@@ -85,6 +85,18 @@ def test_requests_wait_for_rows_and_for_slots():
     assert [s.rows for s in wide.steps] == [(0, 1)] * 3 and wide.peak_slots == 6
 
 
+def test_a_slow_detokeniser_takes_one_step_after_the_other():
+    """Steps 0 and 1 end at 5 and 9, and each takes 10 to read."""
+    slow = dataclasses.replace(ASYNCHRONOUS, detokenise=Span(10.0))
+    found = simulate(slow, [Request(0, 3)])
+    assert [(s.end, s.reported) for s in found.steps] == [(5, 15), (9, 25), (20, 35)]
+
+
+def test_what_a_text_held_is_free_again():
+    found = simulate(dataclasses.replace(ASYNCHRONOUS, rows=1), [Request(7, 2)] * 3)
+    assert found.peak_slots == 9 and found.tokens == 6
+
+
 def test_requests_may_come_late():
     found = simulate(ASYNCHRONOUS, [Request(0, 2), Request(0, 2, arrival=100.0)])
     assert [s.start for s in found.steps] == [1, 5, 101, 105]
