@@ -7,6 +7,7 @@ from experiments.methods import MethodTable
 from experiments.shown import (
     deeponet,
     early_stopping,
+    fit,
     foundation,
     lc_pfn,
     metric_grids,
@@ -17,6 +18,7 @@ from experiments.shown import (
 TABLES = (
     MethodTable("methods", "WORKSPACE.md"),
     *foundation.TABLES,
+    *fit.TABLES,
     *speculative.TABLES,
     *deeponet.TABLES,
     *lc_pfn.TABLES,
