@@ -356,9 +356,8 @@ def main(_: list[str]) -> None:
     print(markdown(shown.HEADER, [shown.row(row) for row in rows]))
     timing = {"libtpu": metadata.version("libtpu")}
     folder = Path(flags.FLAGS.out) if flags.FLAGS.out else None
-    print(
-        "saved", record.save("fit", rows, config=settings, seeds=[], timing=timing, folder=folder)
-    )
+    name = f"fit_{flags.FLAGS.label}" if flags.FLAGS.label else "fit"
+    print("saved", record.save(name, rows, config=settings, seeds=[], timing=timing, folder=folder))
 
 
 if __name__ == "__main__":
@@ -372,5 +371,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("dtype", "bfloat16", "Of the weights.")
     flags.DEFINE_string("cache_dtype", "bfloat16", "Of keys and values.")
     flags.DEFINE_integer("layers", None, "Another depth, for a quick check.")
+    flags.DEFINE_string("label", "", "Ending of the result's name.")
     flags.DEFINE_string("out", "", "Folder of the result; empty: the committed ones.")
     app.run(main)

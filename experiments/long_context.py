@@ -20,6 +20,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from experiments import record
+from experiments.long_context_attention import WITHOUT_EVIDENCE, measure_set
 from experiments.long_context_loss import (
     bucket_edges,
     bucket_means,
@@ -66,6 +67,7 @@ class Settings:
     bucket: int
     loss_threshold: float
     accuracy_threshold: float
+    attention: bool = False
 
 
 def trained_length(settings: Settings, model: Model) -> int:
@@ -171,6 +173,25 @@ def measure_tasks(
     return rows
 
 
+def measure_attention(
+    settings: Settings,
+    policies: dict[str, tuple[Model, Any]],
+    encoder: PromptEncoder,
+    sets: Sequence[TaskSet],
+) -> list[dict[str, Any]]:
+    """A row per policy, task whose evidence has a place, and length."""
+    rows = []
+    for name, (model, policy) in policies.items():
+        for tasks in sets:
+            if tasks.depths == (None,) or tasks.task in WITHOUT_EVIDENCE:
+                continue
+            row = measure_set(model, policy, encoder, tasks, settings.batch)
+            rows.append({"policy": name, **row})
+            best = 100 * row["best"]["mean"]
+            print(f"attention of {name} at {tasks.length}, {tasks.task}: {best:.1f}%", flush=True)
+    return rows
+
+
 def run(settings: Settings) -> list[dict[str, Any]]:
     """Everything, cheapest failures first.
 
@@ -198,6 +219,8 @@ def run(settings: Settings) -> list[dict[str, Any]]:
         ]
     rows = measure_loss(settings, model, policies, model.tokenizer.encode(text), trained)
     rows += measure_tasks(settings, policies, encoder, sets, trained)
+    if settings.attention:
+        rows += measure_attention(settings, policies, encoder, sets)
     for name in names:
         summary = summarise(
             rows, name, trained, settings.loss_threshold, settings.accuracy_threshold
@@ -241,6 +264,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("bucket", 0, "Positions of a bucket, 0: a quarter of the trained length.")
     flags.DEFINE_float("loss_threshold", 0.05, "Nats above the loss in range that still count.")
     flags.DEFINE_float("accuracy_threshold", 0.8, "Share of the accuracy in range that counts.")
+    flags.DEFINE_bool("attention", False, "Attention on the evidence of the tasks, too.")
     flags.DEFINE_string("label", "", "Ending of the result's name.")
     flags.DEFINE_string("out", "", "Folder of the result; default: the committed ones.")
 

@@ -141,4 +141,10 @@ def show(rows: Sequence[Row]) -> str:
             f"{r['policy']:16} {r['task']:18} {r['length']:7d} {mean:6.1f}% ± {spread:.1f} "
             f"(chance {100 * r['chance']:.1f}) by depth {depths}"
         )
+    for r in (row for row in rows if row["kind"] == "attention"):
+        mass, best, share = (100 * r[name]["mean"] for name in ("mass", "best", "share"))
+        lines.append(
+            f"{r['policy']:16} {r['task']:18} {r['length']:7d} evidence gets {mass:.2f}% of all "
+            f"attention, {best:.1f}% of the best head's (share of tokens {share:.2f}%)"
+        )
     return "\n".join(lines)

@@ -27,6 +27,7 @@ class Chip:
 V5E = Chip(flops=197e12, bandwidth=819e9, memory_gib=16)
 V5P = Chip(flops=459e12, bandwidth=2765e9, memory_gib=95)
 V6E = Chip(flops=918e12, bandwidth=1640e9, memory_gib=32)
+CHIPS = {"v5e": V5E, "v5p": V5P, "v6e": V6E}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,20 +7,24 @@ from experiments.methods import MethodTable
 from experiments.shown import (
     deeponet,
     early_stopping,
+    fit,
     foundation,
     lc_pfn,
     metric_grids,
+    pipeline,
     speculative,
 )
 
 TABLES = (
     MethodTable("methods", "WORKSPACE.md"),
     *foundation.TABLES,
+    *fit.TABLES,
     *speculative.TABLES,
     *deeponet.TABLES,
     *lc_pfn.TABLES,
     *early_stopping.TABLES,
     *metric_grids.TABLES,
+    *pipeline.TABLES,
 )
 """Every committed table."""
 
@@ -30,5 +34,6 @@ FIGURES = (
     *lc_pfn.FIGURES,
     *early_stopping.FIGURES,
     *metric_grids.FIGURES,
+    *pipeline.FIGURES,
 )
 """Every committed figure."""

@@ -1,11 +1,13 @@
 """What the documents show of which context fits where."""
 
 import dataclasses
+import re
 from typing import Any
 
 from experiments import record
 from experiments.report import Table, markdown
 
+_GIB = re.compile(r"(\d+\.\d+)G\b")
 HEADER = (
     "model",
     "slice",
@@ -34,6 +36,17 @@ def _seconds(found: dict[str, Any]) -> str:
     return f"{1e3 * found['least_seconds']:.2f} to {1e3 * found['counted_seconds']:.2f}"
 
 
+def refused(programs: dict[str, Any]) -> str:
+    """What the compiler wanted and what the chip has, in its own numbers: those of the larger."""
+    sizes = []
+    for found in programs.values():
+        if not found["fits"]:
+            numbers = [float(number) for number in _GIB.findall(found["refusal"])]
+            sizes.append(tuple(numbers[:2]))
+    wanted = max(sizes)
+    return "refused: {:.2f} of {:.2f} GiB".format(*wanted) if len(wanted) == 2 else "refused"
+
+
 def row(found: dict[str, Any]) -> tuple[str, ...]:
     """Cells of one model at one length on one slice: memory of the larger of its two programs."""
     programs = found["programs"]
@@ -46,7 +59,7 @@ def row(found: dict[str, Any]) -> tuple[str, ...]:
     )
     times = (_seconds(programs["decode"]), _seconds(programs["prefill"]))
     if not found["fits"]:
-        return (*start, "", "", "refused", *times)
+        return (*start, "", "", refused(programs), *times)
     largest = max(programs.values(), key=lambda program: program["total_gib"])
     return (
         *start,
@@ -77,4 +90,8 @@ class FitTable(Table):
         return f"{markdown(self.header, rows)}\n\n{caption}"
 
 
-TABLES = (FitTable("fit", "WORKSPACE.md", "fit", HEADER, row),)
+PAGE = "research/context/README.md"
+TABLES = (
+    FitTable("fit", PAGE, "fit", HEADER, row),
+    FitTable("fit-refused", PAGE, "fit_refused", HEADER, row),
+)

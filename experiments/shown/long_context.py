@@ -31,6 +31,8 @@ TASK_HEADER = (
     "effective length",
 )
 
+ATTENTION_HEADER = ("policy", "task", "tokens", "share of tokens", "of all attention", "best head")
+
 
 def of_kind(result: dict[str, Any], kind: str) -> list[dict[str, Any]]:
     """The rows of one kind: loss, task or summary."""
@@ -72,9 +74,9 @@ def task_rows(row: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def percent(value: dict[str, Any]) -> str:
+def percent(value: dict[str, Any], digits: int = 0) -> str:
     """``mean ± spread`` of a share, in percent."""
-    return f"{number({k: 100 * value[k] for k in ('mean', 'spread')}, 0)}%"
+    return f"{number({k: 100 * value[k] for k in ('mean', 'spread')}, digits)}%"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +107,27 @@ class Accuracies:
         result = record.load(self.result)
         rows = [cells for row in of_kind(result, "summary") for cells in task_rows(row)]
         return f"{markdown(TASK_HEADER, rows)}\n\n{lengths_of(result)} {caption(result)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """The table of attention on the evidence: every policy, task and length."""
+
+    name: str
+    result: str
+    document: str = PAGE
+
+    def render(self) -> str:
+        """Its Markdown."""
+        result = record.load(self.result)
+        rows = [
+            (
+                row["policy"], row["task"], f"{row['length']:,}",
+                *(percent(row[name], 1) for name in ("share", "mass", "best")),
+            )
+            for row in of_kind(result, "attention")
+        ]  # fmt: skip
+        return f"{markdown(ATTENTION_HEADER, rows)}\n\n{caption(result)}"
 
 
 def lengths_of(result: dict[str, Any]) -> str:
@@ -186,14 +209,46 @@ def heat_maps(result: dict[str, Any]) -> Canvas:
     return figure
 
 
-def tables(name: str, result: str, tasks: bool = True) -> tuple[Rendered, ...]:
+def distances(result: dict[str, Any]) -> Canvas:
+    """Accuracy by the distance of the evidence from the end of the prompt, a plot per task."""
+    rows = [row for row in of_kind(result, "task") if row["depths"] != [None]]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    longest = max(row["length"] for row in rows)
+    size = (3.4 * len(tasks) + 0.6, 3)
+    figure, axes = plt.subplots(1, len(tasks), figsize=size, squeeze=False, sharey=True)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for row in rows:
+            if (row["task"], row["length"]) != (task, longest):
+                continue
+            found = [(i, s["mean"]) for i, s in enumerate(row["by_distance"]) if s is not None]
+            middles = [(i + 0.5) * row["width"] for i, _ in found]
+            axis.plot(middles, [mean for _, mean in found], marker=".", label=row["policy"])
+        _mark_trained(axis, result)
+        axis.set(title=task, xlabel="tokens from the evidence to the end", ylim=(-0.03, 1.03))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("accuracy")
+    axes[0, 0].legend(fontsize=7)
+    figure.tight_layout()
+    return figure
+
+
+def tables(
+    name: str, result: str, tasks: bool = True, attention: bool = False
+) -> tuple[Rendered, ...]:
     """The tables of one result, by the name of its markers."""
-    losses: tuple[Rendered, ...] = (Losses(f"{name}-loss", result),)
-    return (*losses, Accuracies(f"{name}-tasks", result)) if tasks else losses
+    found: list[Rendered] = [Losses(f"{name}-loss", result)]
+    if tasks:
+        found.append(Accuracies(f"{name}-tasks", result))
+    if attention:
+        found.append(Attention(f"{name}-attention", result))
+    return tuple(found)
 
 
 def figures(result: str, tasks: bool = True) -> tuple[Figure, ...]:
     """The figures of one result."""
-    drawn = (Figure(f"experiments/results/{result}.svg", result, curves),)
-    maps = Figure(f"experiments/results/{result}_depth.svg", result, heat_maps)
-    return (*drawn, maps) if tasks else drawn
+    path = f"experiments/results/{result}"
+    drawn = (Figure(f"{path}.svg", result, curves),)
+    if not tasks:
+        return drawn
+    by_depth = Figure(f"{path}_depth.svg", result, heat_maps)
+    return (*drawn, by_depth, Figure(f"{path}_distance.svg", result, distances))

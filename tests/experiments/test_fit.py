@@ -160,6 +160,12 @@ def test_rows_of_the_table_and_in_words():
     assert "fits in 3.50 of 16 GiB per device" in fit.sentence(row())
     no = row(fits=False, programs={"prefill": PROGRAM, "decode": REFUSED})
     assert shown.row(no)[4:] == ("no", "", "", "refused", "", "4.00 to 6.10")
+    words = "Ran out of memory on HBM, the total {} exceeds available HBM (15.75G)."
+    both = {
+        name: REFUSED | {"refusal": words.format(f"({size}G)")}
+        for name, size in {"prefill": 16.75, "decode": 17.91}.items()
+    }
+    assert shown.row(row(fits=False, programs=both))[7] == "refused: 17.91 of 15.75 GiB"
     assert fit.sentence(no).endswith("does not fit. decode: Ran out of memory on HBM.")
     assert [shown.slots(n) for n in (1048576, 3 * 2**20, 32768, 1000)] == [
         "1M",
@@ -180,3 +186,16 @@ def test_the_caption_names_the_compiler(tmp_path: pathlib.Path, monkeypatch):
 
 def test_dtypes_are_jax_s():
     assert [jnp.dtype(name).itemsize for name in fit.DTYPES] == [2, 4]
+
+
+def test_committed_arguments_are_the_weights_and_the_cache_of_a_device():
+    """Weights are split over tensor, the cache over tensor and context; both are bfloat16."""
+    for found in record.load("fit")["rows"]:
+        cfg = fit.config_of(found["model"])
+        sizes = {"context": "1", **dict(axis.split("=") for axis in found["mesh"].split(","))}
+        tensor, context = int(sizes["tensor"]), int(sizes["context"])
+        slot = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * 2
+        want = 2 * params.count(specs(cfg)) / tensor + slot * found["length"] / (tensor * context)
+        got = found["programs"]["decode"]["arguments_gib"] * GIB
+        assert got == pytest.approx(want, rel=0.01), fit.sentence(found)
+        assert found["programs"]["decode"]["temporaries_gib"] < 0.1

@@ -19,7 +19,7 @@ from experiments.long_context_loss import (
     read_text,
     window_nats,
 )
-from experiments.long_context_summary import effective_length, short_length, summarise
+from experiments.long_context_summary import effective_length, short_length, show, summarise
 from experiments.long_context_tasks import PromptEncoder, evaluate, make_task_set
 from experiments.shown import long_context as shown
 from models import decoder
@@ -202,16 +202,20 @@ def test_the_whole_command(folder: pathlib.Path, model: Model, tmp_path: pathlib
     book = tmp_path / "book.txt"
     book.write_text("\n\n".join(f"Chapter {i}. {TEXT}" for i in range(60)))
     changes = {"lengths": (128, 192), "trained": 128, "text": str(book)}
-    asked = settings(folder, policies=("yarn:4", other), **changes)
+    asked = settings(folder, policies=("yarn:4", other), attention=True, **changes)
     rows = run(asked)
     names = [row["policy"] for row in rows if row["kind"] == "summary"]
     assert names == ["dense", "yarn:4", other]
     assert len([r for r in rows if r["kind"] == "loss"]) == 6
     assert len([r for r in rows if r["kind"] == "task"]) == 6
+    assert len([r for r in rows if r["kind"] == "attention"]) == 6
+    assert "of the best head's" in show(rows)
     path = record.save("long_context_x", rows, config=asked, seeds=asked.seeds, folder=tmp_path)
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     result = json.loads(path.read_text())
-    losses, accuracies = (t.render() for t in shown.tables("x", "long_context_x"))
+    names = shown.tables("x", "long_context_x", attention=True)
+    losses, accuracies, attention = (t.render() for t in names)
+    assert "| yarn:4 | passkey-short | 192 |" in attention
     assert (
         "| yarn:4 |" in losses and "Trained length 128" in losses and "passkey-short" in accuracies
     )
@@ -220,6 +224,7 @@ def test_the_whole_command(folder: pathlib.Path, model: Model, tmp_path: pathlib
     text = (tmp_path / "long_context_x.svg").read_text()
     assert "trained length" in text and "yarn:4" in text
     assert "start" in (tmp_path / "long_context_x_depth.svg").read_text()
+    assert "evidence to the end" in (tmp_path / "long_context_x_distance.svg").read_text()
 
 
 def test_baselines_are_always_there(folder: pathlib.Path):
