@@ -1,6 +1,8 @@
-"""Proper orthogonal decomposition: a basis of functions from samples, for POD-DeepONet.
+"""Proper orthogonal decomposition: bases of functions from samples.
 
-Source: Lu et al., arXiv 2111.05512. All of it runs once, on the host, in float64.
+Of the solutions, for POD-DeepONet (Lu et al., arXiv 2111.05512), and of the input functions, for
+networks of any form: smooth functions fill only a few dimensions of their sensor values. All of it
+runs once, on the host, in float64.
 """
 
 import dataclasses
@@ -12,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from scipy.interpolate import RegularGridInterpolator
 
 from models.deeponet import DeepONetConfig, Fixed, Params
+from models.layers import Linear
 
 
 def pod_basis(
@@ -131,4 +134,54 @@ def interpolate(
     return dataclasses.replace(  # type: ignore[type-var]
         params,
         fixed=dataclasses.replace(fixed, mean=bring(fixed.mean), basis=bring(fixed.basis)),
+    )
+
+
+INPUT_TOLERANCE = 4 * float(np.finfo(np.float32).eps)
+"""Of :func:`input_basis`: root mean square of what may be lost, relative to the values'."""
+
+
+def input_basis(u: Float[np.ndarray, "n m"]) -> Float[np.ndarray, "r m"] | None:
+    """Orthonormal rows that carry all input functions as exactly as float32 holds a sum over them.
+
+    As few as leave no more than ``INPUT_TOLERANCE``; None if that takes more than half as many as
+    there are sensors, since a network then gains nothing by :func:`on_coefficients`.
+    """
+    u = np.asarray(u, np.float64)
+    _, singular, vt = np.linalg.svd(u, full_matrices=False)
+    left = np.sqrt(np.cumsum(singular[::-1] ** 2)[::-1])  # with so many rows or more left out
+    needed = max(1, int(np.sum(left > INPUT_TOLERANCE * left[0])))
+    return None if needed > u.shape[1] // 2 else vt[:needed]
+
+
+def on_coefficients(
+    params: Params, cfg: DeepONetConfig, basis: Float[np.ndarray, "r m"]
+) -> tuple[Params, DeepONetConfig]:
+    """The same network for functions given by coefficients: ``u = coefficients @ basis``.
+
+    Layers that read u have their weights multiplied by the basis, once for all functions, which
+    leaves fewer columns for each. Outputs, and gradients with respect to ``params``, are those on
+    ``u`` to rounding.
+
+    Raises:
+        ValueError: a basis for another number of sensors than the config's.
+    """
+    if basis.shape[1] != cfg.branch[0]:
+        raise ValueError(
+            f"the branch reads {cfg.branch[0]} sensor values, got {basis.shape[1]}: give the "
+            "config the number of sensors that the data have."
+        )
+    rows = jnp.asarray(basis, jnp.float32)
+
+    def project(layer: Linear) -> Linear:
+        return Linear(jnp.matmul(rows.astype(layer.w.dtype), layer.w), layer.b)
+
+    first, *others = params.branch.layers
+    branch = dataclasses.replace(params.branch, layers=(project(first), *others))
+    encoders = params.encoders
+    if encoders is not None:
+        encoders = (project(encoders[0]), encoders[1])
+    return (
+        dataclasses.replace(params, branch=branch, encoders=encoders),  # type: ignore[type-var]
+        dataclasses.replace(cfg, branch=(len(basis), *cfg.branch[1:])),
     )

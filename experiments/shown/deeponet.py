@@ -144,7 +144,12 @@ def convergence(result: dict[str, Any]) -> Canvas:
         rows = [row for row in result["rows"] if row["model"] == model]
         order = number(rows[0]["order"])
         name = MODELS[model].strip("*")
-        _spread(axis, [row["size"] for row in rows], rows, label=f"{name}: order {order}")
+        sizes = np.array([row["size"] for row in rows])
+        _spread(axis, sizes, rows, label=f"{name}: order {order}")
+        # Every seed's fit has the slope of its order and goes through the mean of its logarithms.
+        errors = np.log([row["mse"]["samples"] for row in rows]).mean()
+        line = np.exp(errors - rows[0]["order"]["mean"] * (np.log(sizes) - np.log(sizes).mean()))
+        axis.plot(sizes, line, "--", color="#5f6368", lw=0.9, label="mean of the seeds' fits")
     axis.set(xscale="log", yscale="log", xlabel="training functions", ylabel="test error")
     axis.set_title(f"antiderivative, {result['config']['steps']} updates", fontsize=9)
     return _finish(figure, axis)
@@ -156,6 +161,7 @@ def sensors(result: dict[str, Any]) -> Canvas:
     rows = result["rows"]
     _spread(axis, [row["sensors"] for row in rows], rows, label="DeepONet, pendulum")
     axis.set(yscale="log", xlabel="sensors", ylabel="test error")
+    axis.set_xticks([row["sensors"] for row in rows])
     return _finish(figure, axis)
 
 
@@ -181,8 +187,11 @@ def solution(result: dict[str, Any]) -> Canvas:
         (axes[2], predicted, f"POD-DeepONet, {row['modes']} modes"),
         (axes[3], predicted - exact, "difference"),
     ):
-        limits = {} if title == "difference" else {"vmin": low, "vmax": high}
-        shown = axis.imshow(values, origin="lower", extent=(0, 1, 0, 1), aspect="auto", **limits)
+        style: dict[str, Any] = {"vmin": low, "vmax": high}
+        if title == "difference":
+            most = np.abs(values).max()
+            style = {"vmin": -most, "vmax": most, "cmap": "RdBu_r"}
+        shown = axis.imshow(values, origin="lower", extent=(0, 1, 0, 1), aspect="auto", **style)
         axis.set(title=title, xlabel="t", ylabel="x")
         figure.colorbar(shown, ax=axis)
     figure.tight_layout()

@@ -64,6 +64,16 @@ def gap_row(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def is_sampler(row: dict[str, Any]) -> bool:
+    """Whether the row is the rate of the prior's sampler."""
+    return "curves_per_minute" in row
+
+
+def sampler_row(row: dict[str, Any]) -> tuple[str, ...]:
+    """Curves of the prior that the compiled sampler draws."""
+    return (f"{row['curves_per_minute']['mean'] / 1e6:.2f} million",)
+
+
 def is_recorded(row: dict[str, Any]) -> bool:
     """Whether the row is a predictor on recorded curves."""
     return row["method"].startswith("recorded ")
@@ -106,7 +116,7 @@ RULE_HEADER = ("rule", "fewer epochs", "best model kept", "regret", "tasks 1.5x 
 
 def likelihood_figure(result: dict[str, Any]) -> Canvas:
     """Mean log-likelihood of later points against the number of points seen."""
-    figure, axis = plt.subplots(figsize=(6.4, 3.6))
+    figure, axis = plt.subplots(figsize=(8.4, 3.6))
     for row in filter(has_likelihood, result["rows"]):
         ours = row["method"] == SHIPPED or row["method"].startswith(STAGE)
         axis.errorbar(
@@ -121,9 +131,10 @@ def likelihood_figure(result: dict[str, Any]) -> Canvas:
         )
     axis.set_xscale("log")
     axis.set_xticks(result["config"]["cutoffs"], map(str, result["config"]["cutoffs"]))
+    axis.minorticks_off()
     axis.set_xlabel("epochs seen, of 100")
     axis.set_ylabel("mean log-likelihood of later points (nats)")
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     return figure
@@ -144,7 +155,7 @@ def fan_figure(result: dict[str, Any]) -> Canvas:
             axis.set_axis_on()
             _draw_fan(axis, fan)
         axes[row, 0].set_ylabel(("curves of the prior", "recorded")[row])
-    figure.supxlabel("epoch (dots: seen; bands: 50% and 90%)", fontsize=9)
+    figure.supxlabel("epoch (dots: seen; grey: what came; bands: 50% and 90%)", fontsize=9)
     figure.tight_layout()
     return figure
 
@@ -166,6 +177,7 @@ TABLES: tuple[Rendered, ...] = (
     Table("likelihood", PAGE, RESULT, LIKELIHOOD_HEADER, likelihood_row, has_likelihood),
     Table("errors", PAGE, RESULT, ERROR_HEADER, error_row, has_likelihood),
     Table("posterior", PAGE, RESULT, GAP_HEADER, gap_row, has_gap),
+    Table("sampler", PAGE, RESULT, ("accepted curves per minute",), sampler_row, is_sampler),
     Table("recorded", PAGE, RESULT, RECORDED_HEADER, recorded_row, is_recorded),
     Table("stopping", PAGE, RESULT, RULE_HEADER, rule_row, is_rule),
     Statements("statements", PAGE, RESULT),

@@ -113,34 +113,35 @@ def read_picture(text: str) -> np.ndarray:
 
 
 def reconstructions(result: dict[str, Any]) -> Canvas:
-    """The first signal: the original, each method's fit at the largest size, and its error.
+    """Originals, each method's fit at the largest size, and its error: the first and last signal.
 
     Of a shape the plane through its middle: distances in grey, the surface as a line.
     """
     rows = result["rows"]
     originals = rows[0]["originals"]
-    name = next(iter(originals))
+    names = list(dict.fromkeys((next(iter(originals)), list(originals)[-1])))
     last = [row for row in rows if row["field"] in ("ngp", "one-grid", "full")] or rows
     if result["config"]["part"] == "table":
         largest = max(result["config"]["sizes"])
         last = [row for row in last if row["log2_size"] == largest]
-    original = read_picture(originals[name])
-    figure, axes = plt.subplots(2, 1 + len(last), figsize=(2.2 * (1 + len(last)), 4.6))
+    size = (2.2 * (1 + len(last)) + 0.7, 4.5 * len(names))
+    figure, axes = plt.subplots(2 * len(names), 1 + len(last), figsize=size, layout="constrained")
     shape = result["config"]["part"] == "sdf"
-    _draw(axes[0, 0], original, shape)
-    axes[0, 0].set_title(f"{name}, original", fontsize=8)
-    axes[1, 0].axis("off")
-    for column, row in enumerate(last, 1):
-        values = read_picture(row["shown"][name])
-        _draw(axes[0, column], values, shape)
-        quality = row["by_signal"][name]["mean"]
-        axes[0, column].set_title(f"{NAMES[row['field']].strip('*')}\n{quality:.2f}", fontsize=8)
-        error = np.abs(values - original).mean(axis=-1)
-        shown = axes[1, column].imshow(error, cmap="magma", vmin=0, vmax=0.1)
-        axes[1, column].axis("off")
-        if column == len(last):
-            figure.colorbar(shown, ax=axes[1, column], fraction=0.046, label="mean absolute error")
-    figure.tight_layout()
+    for name, (above, below) in zip(names, axes.reshape(len(names), 2, -1), strict=True):
+        original = read_picture(originals[name])
+        _draw(above[0], original, shape)
+        above[0].set_title(f"{name}, original", fontsize=8)
+        below[0].axis("off")
+        for fitted, wrong, row in zip(above[1:], below[1:], last, strict=True):
+            values = read_picture(row["shown"][name])
+            _draw(fitted, values, shape)
+            quality = row["by_signal"][name]["mean"]
+            shown = f"overlap {quality:.4f}" if shape else f"{quality:.2f} dB"
+            fitted.set_title(f"{NAMES[row['field']].strip('*')}\n{shown}", fontsize=8)
+            error = np.abs(values - original).mean(axis=-1)
+            map_of_errors = wrong.imshow(error, cmap="magma", vmin=0, vmax=0.1)
+            wrong.axis("off")
+        figure.colorbar(map_of_errors, ax=list(below), fraction=0.02, label="mean absolute error")
     return figure
 
 

@@ -114,3 +114,50 @@ def test_bad_input_is_told() -> None:
         pod.pod_basis(np.where(s == s.max(), np.nan, s), 4)
     with pytest.raises(ValueError, match="change points and outputs"):
         pod.fixed_from_solutions(CFG, s[:, :5])
+
+
+SMOOTH = (
+    DeepONetConfig((30, 8, 6), (1, 8, 6), activation="tanh"),
+    DeepONetConfig((30, 8, 6), (1, 8, 6), stacked=True, outputs=2),
+    DeepONetConfig((30, 8, 6), (1, 8, 6), outputs=2, multi_output="independent"),
+    DeepONetConfig((30, 8, 8, 6), (1, 8, 8, 6), kind="modified", activation="sin"),
+)
+
+
+@pytest.mark.parametrize("cfg", SMOOTH, ids=lambda c: f"{c.kind}{c.stacked}{c.outputs}")
+def test_a_basis_of_the_inputs_changes_neither_outputs_nor_gradients(cfg: DeepONetConfig) -> None:
+    rng = np.random.default_rng(3)
+    u = rng.normal(size=(50, 7)) @ rng.normal(size=(7, 30))
+    basis = pod.input_basis(u.astype(np.float32))
+    assert basis is not None and basis.shape == (7, 30)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(7), atol=1e-12)
+    specs = deeponet.specs(cfg)
+    params = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), specs)
+    y = jnp.asarray(rng.uniform(size=(50, 1)), jnp.float32)
+
+    def whole(params: Params) -> jax.Array:
+        return jnp.mean(jnp.square(deeponet.aligned(params, cfg, jnp.asarray(u, jnp.float32), y)))
+
+    def projected(params: Params) -> jax.Array:
+        inner, small = pod.on_coefficients(params, cfg, basis)
+        assert small.branch == (7, *cfg.branch[1:])
+        coefficients = jnp.asarray(u @ basis.T, jnp.float32)
+        return jnp.mean(jnp.square(deeponet.aligned(inner, small, coefficients, y)))
+
+    values, gradients = zip(*(jax.value_and_grad(f)(params) for f in (whole, projected)))
+    assert float(values[0]) == pytest.approx(float(values[1]), rel=1e-5)
+    for exact, found in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(found, exact, atol=1e-5 * float(jnp.abs(exact).max() + 1))
+
+
+def test_inputs_without_a_small_basis_have_none() -> None:
+    rng = np.random.default_rng(0)
+    assert pod.input_basis(rng.normal(size=(40, 12))) is None
+    few = pod.input_basis(rng.normal(size=(5, 12)))
+    assert few is not None and few.shape == (5, 12)
+    noisy = np.outer(rng.normal(size=40), np.ones(12)) + 1e-5 * rng.normal(size=(40, 12))
+    assert pod.input_basis(noisy) is None  # more than rounding would be lost
+    assert pod.input_basis(np.zeros((4, 6))) is not None
+    basis = np.eye(3, 12)
+    with pytest.raises(ValueError, match="the branch reads 30 sensor values, got 12"):
+        pod.on_coefficients(deeponet.specs(SMOOTH[0]), SMOOTH[0], basis)

@@ -100,6 +100,14 @@ class DataTask(BaseTask):
         """The network's outputs for a batch."""
         raise TypeError(f"{type(self).__name__} must define predict().")
 
+    def arrays(self, train: OperatorData) -> Batch:
+        """The training data as they lie on the device."""
+        return arrays_of(train)
+
+    def predict_resident(self, params: Any, form: str, batch: Batch) -> Array:
+        """The network's outputs for a batch out of :meth:`arrays`."""
+        return self.predict(params, form, batch)
+
     def fixed(self) -> Fixed | None:
         """What the network takes from the training data; None: the specs' values."""
         raise TypeError(f"{type(self).__name__} must define fixed().")
@@ -145,7 +153,7 @@ class DataTask(BaseTask):
         shared = ("y",) if isinstance(train, Cartesian) else ()
         return {
             name: jax.device_put(value, whole if name in shared else rows)
-            for name, value in arrays_of(train).items()
+            for name, value in self.arrays(train).items()
         }
 
     def generate(self, key: jax.Array, rows: int, resident: Batch) -> Batch:
@@ -159,7 +167,7 @@ class DataTask(BaseTask):
         self, params: Any, batch: Batch, key: jax.Array
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """Mean squared error in units of the scale, and ``mse`` in those of the data."""
-        predicted = self.predict(params, form_of(self.sets[0]), batch)
+        predicted = self.predict_resident(params, form_of(self.sets[0]), batch)
         scale = self.scale(params)
         loss, weight = squared_error(predicted, batch, scale)
         return loss, {"weight": weight, "mse": squared_error(predicted, batch, 0 * scale + 1)[0]}
@@ -254,9 +262,28 @@ class DeepONetTask(DataTask):
             return pod.fixed_from_solutions(self.model, train.s)
         return mean_and_scale(train, self.model.outputs) if self.normalise else None
 
+    @functools.cached_property
+    def input_basis(self) -> np.ndarray | None:
+        """What all input functions of the training data are sums of; see :mod:`models.pod`."""
+        return pod.input_basis(self.sets[0].u)
+
+    def arrays(self, train: OperatorData) -> Batch:
+        """The training data; functions by their coefficients, if a basis is small enough."""
+        found = arrays_of(train)
+        if self.input_basis is None:
+            return found
+        coefficients = train.u.astype(np.float64) @ self.input_basis.T
+        return found | {"u": coefficients.astype(np.float32)}
+
     def predict(self, params: deeponet.Params, form: str, batch: Batch) -> Array:
         """See :class:`DataTask`."""
         return predict(params, self.model, form, batch)
+
+    def predict_resident(self, params: deeponet.Params, form: str, batch: Batch) -> Array:
+        """See :class:`DataTask`."""
+        if self.input_basis is None:
+            return self.predict(params, form, batch)
+        return predict(*pod.on_coefficients(params, self.model, self.input_basis), form, batch)
 
 
 @struct.dataclass
