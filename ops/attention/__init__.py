@@ -1,4 +1,4 @@
-"""Attention with masks as data: `attention`, `AttentionMask`, `BlockSizes`, `LogitHook`, `merge`."""
+"""Attention with masks as data, and hooks on its logits; `merge` joins the parts of a split one."""
 
 from ops.attention.api import BlockSizes, attention
 from ops.attention.hooks import LogitHook, alibi, temperature, window_decay

@@ -4,7 +4,8 @@ Grid (row, key block), the last one sequential. All heads of a row are served by
 that a step moves enough bytes to hide its overhead. Keys and values are read heads first,
 [b, g, s, d], as the dense cache of `inference` stores them: its `read` and the turn in here cancel,
 where any other order would copy the whole cache. Each row reads only the blocks up to its own
-length. Hooks and rotations as in the prefill kernel. See the README of this folder for the block layout and the costs.
+length. Hooks and rotations are as in the prefill kernel. See the README of this folder for the
+block layout and the costs.
 """
 
 import functools

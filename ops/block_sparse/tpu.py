@@ -138,12 +138,12 @@ def _gather(x: Any, columns: Any) -> Any:
 
 def _launch(q, k, v, positions, chunks, plan, scale, stride, interpret):
     """One call of the kernel; q is [3, b, h, n * 64, d], k and v are heads first."""
-    _, b, h, t, d = q.shape
+    _, b, h, t, _ = q.shape
     n, dv = t // BLOCK, v.shape[3]
     width = _padded(plan.columns.shape[3])
     tile = min(COLUMNS, width)
     columns = jnp.pad(plan.columns, ((0, 0),) * 3 + ((0, width - plan.columns.shape[3]),))
-    held = jnp.arange(width, dtype=jnp.int32) < plan.column_counts[..., None]
+    held = jax.lax.broadcasted_iota(jnp.int32, columns.shape, 3) < plan.column_counts[..., None]
     slots = jnp.where(held, columns, UNSEEN).reshape(b, h, n, width // tile, 1, tile)
     nearest = jnp.broadcast_to(chunks.reshape(b, 1, n, BLOCK).min(axis=3), (b, h, n))
     counts = jnp.stack([plan.range_counts, plan.column_counts, nearest], axis=3)
@@ -210,7 +210,7 @@ def _grid(tensors: tuple[Any, ...], tile: int) -> pltpu.PrefetchScalarGridSpec:
 
 
 def _cost(q: Any, k: Any, v: Any, ranges: int, columns: int) -> pl.CostEstimate:
-    """Work and traffic of full lists, an upper bound: their lengths are not known when compiling."""
+    """Work and traffic of full lists, an upper bound: their counts are data."""
     (_, b, h, t, d), dv = q.shape, v.shape[3]
     keys = ranges * FETCHED + columns
     blocks = b * h * t // BLOCK

@@ -25,7 +25,7 @@ def tensors(t, s, heads=(4, 2), d=64, dtype=jnp.float32, b=2, seed=0):
 
 def ragged(t, *starts):
     """Positions of rows that start anywhere, and lengths: the last row's last token is no text."""
-    at = jnp.asarray(starts, jnp.int32)[:, None] + jnp.arange(t, dtype=jnp.int32)
+    at = jnp.asarray(starts, jnp.int32)[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
     lengths = at[:, -1] + 1 - jnp.arange(len(starts), dtype=jnp.int32)
     return at, lengths
 
@@ -81,7 +81,7 @@ def test_slots_that_nobody_sees_change_no_bit_and_empty_rows_are_zeros():
     at, _ = ragged(150, 0, 300)
     lengths = jnp.asarray([100, 0], jnp.int32)
     clean = run(q, k, v, at, lengths, "interpret")
-    seen = (jnp.arange(600) < lengths[:, None])[..., None, None]
+    seen = (jnp.arange(600)[None] < lengths[:, None])[..., None, None]
     dirty = run(q, jnp.where(seen, k, jnp.nan), jnp.where(seen, v, 1e4), at, lengths, "interpret")
     for a, b in zip(clean, dirty, strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
