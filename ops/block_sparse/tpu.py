@@ -68,13 +68,18 @@ def attend_plan(
     return _attend(stride, gathered_bytes, interpret, q, k, v, q_positions, plan, scale)
 
 
+def launches_of(b: int, h: int, n: int, columns: int, each: int, most: int) -> int:
+    """Calls of the kernel for n blocks: each gathers at most `most` bytes, `each` of a column."""
+    return pl.cdiv(n, max(1, most // (b * h * _padded(columns) * each)))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _attend(stride, gathered_bytes, interpret, q, k, v, q_positions, plan, scale):
     _, b, t, h, d = q.shape
-    n, width = plan.starts.shape[2], _padded(plan.columns.shape[3])
+    n = plan.starts.shape[2]
     k, v = (_whole_copies(jnp.swapaxes(x, 1, 2)) for x in (k, v))
-    one = b * h * width * (d * k.dtype.itemsize + v.shape[3] * v.dtype.itemsize)
-    launches = pl.cdiv(n, max(1, gathered_bytes // one))
+    each = d * k.dtype.itemsize + v.shape[3] * v.dtype.itemsize
+    launches = launches_of(b, h, n, plan.columns.shape[3], each, gathered_bytes)
     span = pl.cdiv(n, launches)
     short = launches * span - n
 
