@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ops.attention.hooks import LogitHook
 from ops.attention.mask import AttentionMask
 from ops.attention.reference import reference_attention
 from ops.attention.tpu_decode import decode_attention
@@ -41,6 +42,7 @@ def attention(
     implementation: str = ...,
     return_lse: Literal[False] = ...,
     blocks: BlockSizes | None = ...,
+    hooks: tuple[LogitHook, ...] = ...,
 ) -> Float[Array, "b t h dv"]: ...
 
 
@@ -55,6 +57,7 @@ def attention(
     implementation: str = ...,
     return_lse: Literal[True],
     blocks: BlockSizes | None = ...,
+    hooks: tuple[LogitHook, ...] = ...,
 ) -> tuple[Float[Array, "b t h dv"], Float[Array, "b t h"]]: ...
 
 
@@ -68,6 +71,7 @@ def attention(
     implementation: str = "auto",
     return_lse: bool = False,
     blocks: BlockSizes | None = None,
+    hooks: tuple[LogitHook, ...] = (),
 ) -> Float[Array, "b t h dv"] | tuple[Float[Array, "b t h dv"], Float[Array, "b t h"]]:
     """Grouped-query attention: softmax(scale * q k^T) v over the slots that `mask` shows.
 
@@ -83,9 +87,11 @@ def attention(
         that one and fails if it cannot serve the call. "interpret" runs the TPU kernels on CPU.
       return_lse: also return the log-sum-exp of the scaled scores, float32 [b, t, h].
       blocks: block sizes, static.
+      hooks: changes of the scaled scores by the mask's positions, in order (`LogitHook`). A mask
+        without q_positions stands for 0..t-1, and needs t == s.
 
     Raises:
-      ValueError: shapes, mask or implementation that do not fit, with the reason.
+      ValueError: shapes, mask, hooks or implementation that do not fit, with the reason.
     """
     mask = AttentionMask() if mask is None else mask
     blocks = BlockSizes() if blocks is None else blocks
@@ -95,17 +101,24 @@ def attention(
             "grouped-query attention needs h % g == 0"
         )
     mask.validate(q.shape[0], q.shape[1], k.shape[1])
+    for hook in hooks:
+        hook.validate(q.shape[2])
+    if hooks and mask.q_positions is None and q.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"logit hooks over {q.shape[1]} queries and {k.shape[1]} slots need mask.q_positions: "
+            "without them query i is taken to stand at slot i"
+        )
     scaled_by = q.shape[3] ** -0.5 if scale is None else scale
     if implementation == "auto":
         implementation = "tpu" if target_platform() == "tpu" else "xla"
     if implementation == "reference":
-        out, lse = reference_attention(q, k, v, mask, scaled_by)
+        out, lse = reference_attention(q, k, v, mask, scaled_by, hooks)
     elif implementation == "xla":
-        out, lse = xla_attention(q, k, v, mask, scaled_by, chunk=blocks.q)
+        out, lse = xla_attention(q, k, v, mask, scaled_by, hooks, chunk=blocks.q)
     elif implementation in ("tpu", "interpret"):
         scaled_by = jnp.asarray(scaled_by, jnp.float32)
         interpret = implementation == "interpret"
-        result: Any = _kernel_attention(blocks, interpret, q, k, v, mask, scaled_by)
+        result: Any = _kernel_attention(blocks, interpret, q, k, v, mask, scaled_by, hooks)
         out, lse = result
     else:
         raise ValueError(
@@ -116,13 +129,15 @@ def attention(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _kernel_attention(blocks, interpret, q, k, v, mask, scale):
+def _kernel_attention(blocks, interpret, q, k, v, mask, scale, hooks):
     """The TPU kernel that fits the call; gradients recompute through the XLA path."""
     rows = q.shape[2] // k.shape[2] * q.shape[1]
     if mask.tree is not None or rows <= DECODE_ROWS:
-        return decode_attention(q, k, v, mask, scale, block_kv=blocks.kv, interpret=interpret)
+        return decode_attention(
+            q, k, v, mask, scale, hooks, block_kv=blocks.kv, interpret=interpret
+        )
     return prefill_attention(
-        q, k, v, mask, scale,
+        q, k, v, mask, scale, hooks,
         block_q=blocks.q or 512, block_kv=blocks.kv or 512, interpret=interpret,
     )  # fmt: skip
 
@@ -132,13 +147,13 @@ def _forward(blocks, interpret, *args):
 
 
 def _backward(blocks, interpret, saved: Any, cotangents: Any):
-    q, k, v, mask, scale = saved
+    q, k, v, mask, scale, hooks = saved
 
-    def recompute(q, k, v, scale):
-        return xla_attention(q, k, v, mask, scale, chunk=blocks.q)
+    def recompute(q, k, v, scale, hooks):
+        return xla_attention(q, k, v, mask, scale, hooks, chunk=blocks.q)
 
-    dq, dk, dv, dscale = jax.vjp(recompute, q, k, v, scale)[1](cotangents)
-    return dq, dk, dv, None, dscale
+    dq, dk, dv, dscale, dhooks = jax.vjp(recompute, q, k, v, scale, hooks)[1](cotangents)
+    return dq, dk, dv, None, dscale, dhooks
 
 
 _kernel_attention.defvjp(_forward, _backward)

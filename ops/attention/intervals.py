@@ -21,13 +21,19 @@ LOWEST = np.int32(-(2**31))
 
 @flax.struct.dataclass
 class Intervals:
-    """lo, hi: int32 [b, t]; position: int32 [b, s]; segments int32 or None, same shapes."""
+    """lo, hi: int32 [b, t]; position: int32 [b, s]; segments int32 or None, same shapes.
+
+    q_place and k_place: where queries and slots stand, also those that see or show nothing; None
+    unless asked for.
+    """
 
     lo: Any
     hi: Any
     position: Any
     q_segment: Any
     k_segment: Any
+    q_place: Any = None
+    k_place: Any = None
 
     def pad(self, t: int, s: int) -> "Intervals":
         """The same with t queries and s slots; the added ones see and show nothing."""
@@ -43,11 +49,16 @@ class Intervals:
             position=grow(self.position, s, UNSEEN),
             q_segment=grow(self.q_segment, t, 0),
             k_segment=grow(self.k_segment, s, 0),
+            q_place=grow(self.q_place, t, 0),
+            k_place=grow(self.k_place, s, 0),
         )
 
 
-def intervals(mask: AttentionMask, b: int, t: int, s: int) -> Intervals:
-    """Encodes all rules of `mask` but the tree, for b rows, t queries and s slots."""
+def intervals(mask: AttentionMask, b: int, t: int, s: int, places: bool = False) -> Intervals:
+    """Encodes all rules of `mask` but the tree, for b rows, t queries and s slots.
+
+    `places` asks for the positions themselves too, whether or not a rule uses them.
+    """
 
     def rows(x, n):
         return None if x is None else jnp.broadcast_to(jnp.asarray(x, jnp.int32), (b, n))
@@ -60,12 +71,15 @@ def intervals(mask: AttentionMask, b: int, t: int, s: int) -> Intervals:
         lo = hi = jnp.zeros((1, t), jnp.int32)
         position = jnp.zeros((1, s), jnp.int32)
     position = jnp.where(mask.slots_visible(s), position, UNSEEN)
+    q_place, k_place = mask.positions(t, s) if places else (None, None)
     return Intervals(
         lo=rows(lo, t),
         hi=rows(hi, t),
         position=rows(position, s),
         q_segment=rows(mask.q_segments, t),
         k_segment=rows(mask.k_segments, s),
+        q_place=rows(q_place, t),
+        k_place=rows(k_place, s),
     )
 
 

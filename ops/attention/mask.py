@@ -145,9 +145,9 @@ class AttentionMask:
             tree=cut(self.tree),
         )
 
-    def with_positions(self, t: int, s: int) -> "AttentionMask":
-        """The same mask with its positions written out if a rule uses them."""
-        if not self.ordered:
+    def with_positions(self, t: int, s: int, always: bool = False) -> "AttentionMask":
+        """The same mask with its positions written out, `always` or if a rule uses them."""
+        if not (self.ordered or always):
             return self
         q_positions, k_positions = self.positions(t, s)
         return dataclasses.replace(self, q_positions=q_positions, k_positions=k_positions)

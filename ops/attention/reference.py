@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ops.attention.hooks import LogitHook, apply_rules, pack_numbers
 from ops.attention.mask import AttentionMask
 
 
@@ -12,6 +13,7 @@ def reference_attention(
     v: Float[Array, "b s g dv"],
     mask: AttentionMask,
     scale: float | Float[Array, ""],
+    hooks: tuple[LogitHook, ...] = (),
 ) -> tuple[Float[Array, "b t h dv"], Float[Array, "b t h"]]:
     """softmax(scale * q k^T) v over the visible slots, and its log-sum-exp (float32).
 
@@ -24,6 +26,12 @@ def reference_attention(
     k = jnp.repeat(jnp.where(used, k.astype(jnp.float32), 0.0), repeats, axis=2)
     v = jnp.repeat(jnp.where(used, v.astype(jnp.float32), 0.0), repeats, axis=2)
     scores = jnp.einsum("bthd,bshd->bhts", q.astype(jnp.float32), k) * scale
+    if hooks:
+        numbers = pack_numbers(hooks, q.shape[2])[None, :, None, None]
+        i, j = mask.positions(q.shape[1], k.shape[1])
+        places = i[:, None, :, None], j[:, None, None, :]
+        rules = tuple(hook.rule for hook in hooks)
+        scores = apply_rules(rules, scores, *places, lambda n: numbers[..., n])
     scores = jnp.where(visible, scores, -jnp.inf)
     top = scores.max(axis=-1, keepdims=True)
     top = jnp.where(jnp.isfinite(top), top, 0.0)

@@ -4,7 +4,8 @@ Grid (row, key block), the last one sequential. All heads of a row are served by
 that a step moves enough bytes to hide its overhead. Keys and values are read heads first,
 [b, g, s, d], as the dense cache of `inference` stores them: its `read` and the turn in here cancel,
 where any other order would copy the whole cache. Each row reads only the blocks up to its own
-length. See the README of this folder for the block layout and the costs.
+length. Hooks and rotations are as in the prefill kernel. See the README of this folder for the
+block layout and the costs.
 """
 
 import functools
@@ -17,8 +18,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from ops.attention import tpu_softmax as softmax
+from ops.attention.hooks import LogitHook, apply_rules, pack_numbers
 from ops.attention.intervals import LOWEST, UNSEEN, Intervals, block_ranges, intervals
 from ops.attention.mask import AttentionMask
+from ops.attention.rotations import kernel_block, pick_rows, rotation_of
+
+SIDE_COLUMNS = 8  # lo, hi, segment, position, chunk
 
 BLOCK_BYTES = 8 * 2**20
 """VMEM that a block of keys and values with its copies may take by default."""
@@ -39,12 +44,14 @@ def decode_block(rows: int, g: int, d: int, dv: int, itemsize: int) -> int:
 
 
 def decode_attention(
-    q: Float[Array, "b t h d"],
+    q: Float[Array, "*rotations b t h d"],
     k: Float[Array, "b s g d"],
     v: Float[Array, "b s g dv"],
     mask: AttentionMask,
     scale: float | Float[Array, ""],
+    hooks: tuple[LogitHook, ...] = (),
     *,
+    stride: int | None = None,
     block_kv: int | None = None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "b t h dv"], Float[Array, "b t h"]]:
@@ -52,25 +59,26 @@ def decode_attention(
 
     Rows of the matrix products are the h/g * t queries of one group. `block_kv` is a multiple
     of 128. The tree mask is moved to its place among the slots by a one-hot product on the matrix
-    unit, and only in the blocks that hold scratch slots.
+    unit, and only in the blocks that hold scratch slots. `stride` as in the prefill kernel.
 
     Raises:
-      ValueError: a block size off the 128 grid.
+      ValueError: a block size or a stride off the 128 grid.
     """
-    (b, t, h, d), (s, g, dv) = q.shape, (*k.shape[1:3], v.shape[3])
+    q = q if stride is not None else q[None]
+    (x, b, t, h, d), (s, g, dv) = q.shape, (*k.shape[1:3], v.shape[3])
     rows = softmax.round_up(h // g * t, 16)
-    block_kv = block_kv or decode_block(rows, g, d, dv, k.dtype.itemsize)
-    if block_kv % 128:
-        raise ValueError(f"TPU block sizes must be multiples of 128; got {block_kv}")
+    block_kv = kernel_block(stride, block_kv or decode_block(rows, g, d, dv, k.dtype.itemsize))
     block_kv = min(block_kv, softmax.round_up(s, 128))
     nk = pl.cdiv(s, block_kv)
-    seen = intervals(mask, b, t, s).pad(t, nk * block_kv)
+    seen = intervals(mask, b, t, s, places=bool(hooks) or stride is not None)
+    seen = seen.pad(t, nk * block_kv)
     first, last, start, tree = _scratch(mask, seen, rows, block_kv)
     scalars = (first, last, start, jnp.asarray(scale, jnp.float32).reshape(1))
-    q_rows = q.reshape(b, t, g, h // g, d).transpose(0, 2, 3, 1, 4).reshape(b, g, -1, d)
-    q_rows = jnp.pad(q_rows, ((0, 0), (0, 0), (0, rows - q_rows.shape[2]), (0, 0)))
+    q_rows = q.reshape(x, b, t, g, h // g, d).transpose(0, 1, 3, 4, 2, 5).reshape(x, b, g, -1, d)
+    q_rows = jnp.pad(q_rows, ((0, 0), (0, 0), (0, 0), (0, rows - q_rows.shape[3]), (0, 0)))
     tensors = (
-        *_sides(seen, h // g, rows),
+        *_sides(seen, h // g, rows, stride),
+        _numbers(hooks, h, g, t, rows),
         tree,
         q_rows,
         jnp.swapaxes(k, 1, 2),
@@ -84,12 +92,14 @@ def decode_attention(
             slots=s,
             segments=seen.q_segment is not None,
             nodes=0 if mask.tree is None else mask.tree.shape[2],
+            rules=tuple(hook.rule for hook in hooks),
+            stride=stride,
         ),
         out_shape=[
             struct((b, g, rows, dv), q.dtype),
             struct((b, g, rows, softmax.LANES), jnp.float32),
         ],
-        grid_spec=_grid(k, v, block_kv, rows, tree.shape[2]),
+        grid_spec=_grid(tensors, block_kv),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
@@ -102,9 +112,10 @@ def decode_attention(
     return out.reshape(b, t, h, dv), lse.reshape(b, t, h)
 
 
-def _grid(k: Any, v: Any, block_kv: int, rows: int, nodes: int) -> pltpu.PrefetchScalarGridSpec:
-    """Grid, blocks and scratch; operands in the order of `_kernel`."""
-    (b, s, g, d), dv = k.shape, v.shape[3]
+def _grid(tensors: tuple[Any, ...], block_kv: int) -> pltpu.PrefetchScalarGridSpec:
+    """Grid, blocks and scratch; `tensors` are the operands of `_kernel` from `q_side` on."""
+    q_side, k_side, numbers, tree, q, _, v = (x.shape for x in tensors)
+    (x, b, g, rows, d), (s, dv) = q, v[2:]
 
     def key_block(bi, ki, first, last):
         return jnp.clip(ki, first[bi], jnp.maximum(first[bi], last[bi]))
@@ -122,10 +133,11 @@ def _grid(k: Any, v: Any, block_kv: int, rows: int, nodes: int) -> pltpu.Prefetc
         num_scalar_prefetch=4,
         grid=(b, pl.cdiv(s, block_kv)),
         in_specs=[
-            whole_row(rows, 4),
-            pl.BlockSpec((1, 2, block_kv), at_side),
-            whole_row(rows, nodes),
-            whole_row(g, rows, d),
+            whole_row(*q_side[1:]),
+            pl.BlockSpec((1, k_side[1], block_kv), at_side),
+            pl.BlockSpec(numbers, lambda bi, ki, *_: (0, 0, 0)),
+            whole_row(*tree[1:]),
+            pl.BlockSpec((x, 1, g, rows, d), lambda bi, ki, *_: (0, bi, 0, 0, 0)),
             pl.BlockSpec((1, g, block_kv, d), at_kv),
             pl.BlockSpec((1, g, block_kv, dv), at_kv),
         ],
@@ -159,31 +171,47 @@ def _scratch(mask: AttentionMask, seen: Intervals, rows: int, block: int) -> tup
     return first, last, start, jnp.pad(tree, ((0, 0), (0, 0), (0, -n % 128)))
 
 
-def _sides(seen: Intervals, repeats: int, rows: int) -> tuple[Any, Any]:
-    """Query side [b, rows, 4] (lo, hi, segment, 0) and key side [b, 2, s] (position, segment)."""
+def _sides(seen: Intervals, repeats: int, rows: int, stride: int | None) -> tuple[Any, Any]:
+    """Query side [b, rows, 8] and key side [b, 2 or 3, s], as in the prefill kernel."""
     q_segment = jnp.zeros_like(seen.lo) if seen.q_segment is None else seen.q_segment
     k_segment = jnp.zeros_like(seen.position) if seen.k_segment is None else seen.k_segment
+    q_side = [(seen.lo, UNSEEN), (seen.hi, LOWEST), (q_segment, 0)]
+    k_side = [seen.position, k_segment]
+    if seen.q_place is not None:
+        chunk = seen.q_place if stride is None else seen.q_place // stride
+        q_side += [(seen.q_place, 0), (chunk, 0)]
+        k_side.append(seen.k_place)
     columns = []
-    for x, fill in ((seen.lo, UNSEEN), (seen.hi, LOWEST), (q_segment, 0), (seen.lo * 0, 0)):
+    for x, fill in q_side:
         x = jnp.tile(x, (1, repeats))
         columns.append(jnp.pad(x, ((0, 0), (0, rows - x.shape[1])), constant_values=fill))
-    return jnp.stack(columns, axis=2), jnp.stack([seen.position, k_segment], axis=1)
+    side = jnp.stack(columns, axis=2)
+    side = jnp.pad(side, ((0, 0), (0, 0), (0, SIDE_COLUMNS - side.shape[2])))
+    return side, jnp.stack(k_side, axis=1)
+
+
+def _numbers(hooks: tuple[LogitHook, ...], h: int, g: int, t: int, rows: int) -> Any:
+    """The hooks' numbers of every query row, float32 [g, rows, n]; one zero tile without hooks."""
+    if not hooks:
+        return jnp.zeros((1, 8, 128), jnp.float32)
+    numbers = jnp.repeat(pack_numbers(hooks, h).reshape(g, h // g, -1), t, axis=1)
+    return jnp.pad(numbers, ((0, 0), (0, rows - numbers.shape[1]), (0, 0)))
 
 
 def _cost(q: Any, k: Any, v: Any) -> pl.CostEstimate:
     """Work and traffic of full rows: an upper bound, since blocks past a row's end are skipped."""
-    (b, t, h, d), (s, g, dv) = q.shape, (*k.shape[1:3], v.shape[3])
+    (x, b, t, h, d), (s, g, dv) = q.shape, (*k.shape[1:3], v.shape[3])
     return pl.CostEstimate(
         flops=2 * b * h * t * s * (d + dv),
         bytes_accessed=b * s * g * (d * k.dtype.itemsize + dv * v.dtype.itemsize)
-        + b * t * h * ((d + dv) * q.dtype.itemsize + 4),
+        + b * t * h * ((x * d + dv) * q.dtype.itemsize + 4),
         transcendentals=b * h * t * s,
     )
 
 
 def _kernel(
-    first, last, start, scale, q_side, k_side, tree, q, k, v, out, lse, top, total, weighted,
-    *, slots, segments, nodes,
+    first, last, start, scale, q_side, k_side, numbers, tree, q, k, v, out, lse, top, total,
+    weighted, *, slots, segments, nodes, rules, stride,
 ):  # fmt: skip
     bi, ki = pl.program_id(0), pl.program_id(1)
     groups, block = k.shape[1], k.shape[2]
@@ -207,9 +235,20 @@ def _kernel(
         moved = softmax.product(tree[0], place, 0)  # zeros and ones: exact
         return admitted() | (moved > 0.5)
 
+    def queries(gi):
+        if stride is None:
+            return q[0, 0, gi]
+        which = rotation_of(q_side[0, :, 4:5], jax.lax.div(ki * block, stride))
+        return pick_rows([q[i, 0, gi] for i in range(3)], which)
+
+    def change(gi, scores):
+        places = q_side[0, :, 3:4], k_side[0, 2:3, :]
+        return apply_rules(rules, scores, *places, lambda i: numbers[gi, :, i : i + 1])
+
     def step(visible):
         def one_group(gi, carry):
-            scores = softmax.scores_of(q[0, gi], k[0, gi], scale[0], visible)
+            hooked = functools.partial(change, gi) if rules else None
+            scores = softmax.scores_of(queries(gi), k[0, gi], scale[0], visible, hooked)
             held = softmax.values_of(v[0, gi], ki, slots)
             top[gi], total[gi], weighted[gi] = softmax.accumulate(
                 scores, held, top[gi], total[gi], weighted[gi]

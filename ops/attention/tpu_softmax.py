@@ -56,9 +56,13 @@ def product(a: Any, b: Any, contract: int) -> Any:
     )
 
 
-def scores_of(q: Any, k: Any, scale: Any, visible: Any) -> Any:
-    """Scores [rows, block] in float32, -inf where not visible (whatever the key holds)."""
-    return jnp.where(visible, product(q, k, 1) * scale, -jnp.inf)
+def scores_of(q: Any, k: Any, scale: Any, visible: Any, change: Any = None) -> Any:
+    """Scores [rows, block] in float32, -inf where not visible (whatever the key holds).
+
+    `change` is applied to the scaled scores before they are hidden.
+    """
+    scores = product(q, k, 1) * scale
+    return jnp.where(visible, scores if change is None else change(scores), -jnp.inf)
 
 
 def values_of(v: Any, block: Any, slots: int) -> Any:

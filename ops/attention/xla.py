@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ops.attention.hooks import LogitHook, apply_rules, pack_numbers
 from ops.attention.mask import AttentionMask
 from ops.platform import target_platform
 
@@ -28,6 +29,7 @@ def xla_attention(
     v: Float[Array, "b s g dv"],
     mask: AttentionMask,
     scale: float | Float[Array, ""],
+    hooks: tuple[LogitHook, ...] = (),
     *,
     chunk: int | None = None,
 ) -> tuple[Float[Array, "b t h dv"], Float[Array, "b t h"]]:
@@ -39,21 +41,29 @@ def xla_attention(
     t, s = q.shape[1], k.shape[1]
     chunk = chunk or (128 if target_platform() == "cpu" else 512)
     if t <= chunk:
-        return _attend(q, k, v, mask, scale)
+        return _attend(q, k, v, mask, scale, hooks)
     if mask.prefix_causal(t, s) and t <= chunk * MAX_UNROLLED:
-        return _attend_prefixes(q, k, v, mask, scale, chunk)
-    return _attend_scanned(q, k, v, mask.with_positions(t, s), scale, chunk)
+        return _attend_prefixes(q, k, v, mask, scale, hooks, chunk)
+    mask = mask.with_positions(t, s, always=bool(hooks))
+    return _attend_scanned(q, k, v, mask, scale, hooks, chunk)
 
 
-def _attend(q, k, v, mask, scale):
+def _attend(q, k, v, mask, scale, hooks):
     """One chunk of queries with all scores in memory."""
     b, t, h, d = q.shape
     s, g, dv = k.shape[1], k.shape[2], v.shape[3]
     r = h // g
     rows = q.reshape(b, t, g, r, d).transpose(0, 2, 3, 1, 4).reshape(b, g, r * t, d)
     scores = jnp.einsum("bgmd,bsgd->bgms", rows, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(b, g, r, t, s) * scale
+    if hooks:
+        numbers = pack_numbers(hooks, h).reshape(1, g, r, 1, 1, -1)
+        i, j = mask.positions(t, s)
+        places = i[:, None, None, :, None], j[:, None, None, None, :]
+        rules = tuple(hook.rule for hook in hooks)
+        scores = apply_rules(rules, scores, *places, lambda n: numbers[..., n])
     visible = mask.dense(t, s)[:, :, None]
-    scores = jnp.where(visible, scores.reshape(b, g, r, t, s) * scale, -jnp.inf)
+    scores = jnp.where(visible, scores, -jnp.inf)
     top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     top = jnp.where(jnp.isfinite(top), top, 0.0)
     weights = jnp.exp(scores - top)
@@ -68,7 +78,7 @@ def _attend(q, k, v, mask, scale):
     return out.astype(q.dtype), lse.transpose(0, 3, 1, 2).reshape(b, t, h)
 
 
-def _attend_prefixes(q, k, v, mask, scale, chunk):
+def _attend_prefixes(q, k, v, mask, scale, hooks, chunk):
     """Causal chunks, unrolled: chunk i reads keys 0 .. its own end."""
     t = q.shape[1]
     parts = []
@@ -84,11 +94,11 @@ def _attend_prefixes(q, k, v, mask, scale, chunk):
             },
         )
         attend = jax.checkpoint(_attend)
-        parts.append(attend(q[:, start:end], k[:, :end], v[:, :end], part, scale))
+        parts.append(attend(q[:, start:end], k[:, :end], v[:, :end], part, scale, hooks))
     return jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), *parts)
 
 
-def _attend_scanned(q, k, v, mask, scale, chunk):
+def _attend_scanned(q, k, v, mask, scale, hooks, chunk):
     """Chunks of queries one after the other in a scan, the remainder after it."""
     b, t, h, _ = q.shape
     whole = t // chunk
@@ -96,7 +106,7 @@ def _attend_scanned(q, k, v, mask, scale, chunk):
     @functools.partial(jax.checkpoint, static_argnums=1)
     def attend(start, size):
         rows = jax.lax.dynamic_slice_in_dim(q, start, size, axis=1)
-        return _attend(rows, k, v, mask.query_slice(start, size), scale)
+        return _attend(rows, k, v, mask.query_slice(start, size), scale, hooks)
 
     starts = jnp.arange(whole, dtype=jnp.int32) * chunk
     out, lse = jax.lax.map(lambda start: attend(start, chunk), starts)

@@ -1,11 +1,14 @@
 """The two entries to dual chunk attention."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ops.attention.mask import AttentionMask
 from ops.dual_chunk.pairs import attend_pairs
+from ops.dual_chunk.tpu import attend_kernel
 from ops.dual_chunk.xla import attend_ordered
+from ops.platform import target_platform
 
 
 def dual_chunk_attention(
@@ -31,24 +34,32 @@ def dual_chunk_attention(
       stride: c, static.
       lengths: slots that hold something, per row; default all.
       scale: multiplies the scores in float32; default d ** -0.5.
-      implementation: "xla" (also "auto") or "reference", which computes all pairs.
+      implementation: "xla"; "tpu", the kernels; "interpret", the same on CPU; "reference", which
+        computes all pairs; "auto" takes the kernels on TPU where the stride is a multiple of 128
+        and no mesh is in force, whose devices XLA cannot divide a kernel between.
 
     Returns:
       The output in v's dtype and the log-sum-exp of the scaled scores, float32.
 
     Raises:
-      ValueError: a stride below 1, heads that do not divide, or an unknown implementation.
+      ValueError: a stride below 1 or, in the kernels, off the 128 grid; heads that do not divide;
+        an unknown implementation.
     """
     _check(q, k, stride)
     scaled_by = q.shape[-1] ** -0.5 if scale is None else scale
     b, s = k.shape[:2]
     lengths = jnp.full((b,), s, jnp.int32) if lengths is None else lengths
-    if implementation in ("auto", "xla"):
+    if implementation == "auto":
+        implementation = "tpu" if _kernel_serves(stride) else "xla"
+    if implementation == "xla":
         return attend_ordered(q, k, v, q_positions, lengths, stride, scaled_by)
+    if implementation in ("tpu", "interpret"):
+        interpret = implementation == "interpret"
+        return attend_kernel(q, k, v, q_positions, lengths, stride, scaled_by, interpret=interpret)
     if implementation != "reference":
         raise ValueError(
             f"unknown dual chunk implementation {implementation!r}: name one of auto, xla, "
-            "reference."
+            "tpu, interpret, reference."
         )
     slots = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32)[None], (b, s))
     mask = AttentionMask(q_positions=q_positions, lengths=lengths, causal=True)
@@ -83,6 +94,13 @@ def pairwise_attention(
     return attend_pairs(
         q, k, v, q_positions // stride, k_positions // stride, mask, scaled_by, rows
     )
+
+
+def _kernel_serves(stride: int) -> bool:
+    """Whether "auto" takes the kernels: see :func:`dual_chunk_attention`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    divided = mesh.size > 1 and jax.sharding.AxisType.Manual not in mesh.axis_types
+    return target_platform() == "tpu" and stride % 128 == 0 and not divided
 
 
 def _check(q: Array, k: Array, stride: int) -> None:

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ops.attention.rotations import pick, rotation_of
+
 DIRECT_ROWS = 128
 """Up to this many query rows per key head (h / g * t) all scores are held at once."""
 
@@ -49,11 +51,6 @@ def attend_ordered(
     return out.astype(v.dtype), lse.transpose(0, 3, 1, 2).reshape(b, t, h)
 
 
-def rotation_of(q_chunk: Int[Array, "..."], k_chunk: Int[Array, "..."]) -> Int[Array, "..."]:
-    """Which of a query's rotations a key wants: 0 intra, 1 successive, 2 inter."""
-    return jnp.clip(q_chunk - k_chunk, 0, 2)
-
-
 def largest_block(stride: int, most: int) -> int:
     """The largest divisor of the stride that is at most `most`."""
     return next(n for n in range(min(stride, most), 0, -1) if stride % n == 0)
@@ -68,11 +65,11 @@ def _attend_at_once(q, k, v, q_positions, lengths, stride, scale):
         # Blocks of the stride's divisors do not tile the slots: score in all rotations.
         scores = jnp.einsum("xbgrtd,bgsd->xbgrts", q, k, preferred_element_type=jnp.float32)
         which = rotation_of(q_positions[:, :, None] // stride, _slots(s) // stride)
-        scores = _pick(scores, which[:, None, None])
+        scores = pick(scores, which[:, None, None])
     else:
         first = jnp.arange(s // block, dtype=jnp.int32) * block
         which = rotation_of(q_positions[None] // stride, first[:, None, None] // stride)
-        rotated = _pick(q[:, None], which[:, :, None, None, :, None])
+        rotated = pick(q[:, None], which[:, :, None, None, :, None])
         scores = jnp.einsum(
             "nbgrtd,bgnkd->bgrtnk",
             rotated,
@@ -112,7 +109,7 @@ def _attend_tiles(q, k, v, q_positions, lengths, stride, scale, rows, block):
             visible = (slots <= at[:, :, None]) & (slots < lengths[:, None, None])
             visible &= slots >= j * block
             which = rotation_of(at // stride, j * block // stride)
-            rotated = _pick(q_tile, which[:, None, None, :, None])
+            rotated = pick(q_tile, which[:, None, None, :, None])
             keys = jax.lax.dynamic_slice_in_dim(k, begin, block, axis=2)
             scores = jnp.einsum(
                 "bgrtd,bgsd->bgrts", rotated, keys, preferred_element_type=jnp.float32
@@ -167,8 +164,3 @@ def _weigh(weights, values):
 
 def _slots(s: int) -> Int[Array, "1 1 {s}"]:
     return jnp.arange(s, dtype=jnp.int32)[None, None]
-
-
-def _pick(three, which):
-    """Entry `which` of the first axis, elementwise."""
-    return jnp.where(which == 0, three[0], jnp.where(which == 1, three[1], three[2]))
