@@ -10,8 +10,10 @@ Batches are dictionaries of numpy arrays, ``b`` rows by ``t`` positions:
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import grain
+import numpy as np
 
 from models.tokenizer import Tokenizer
 from train.data.corpus import load_corpus
@@ -73,17 +75,20 @@ class DataConfig:
             )
 
 
-def make_dataset(config: DataConfig) -> grain.IterDataset:
+def make_dataset(
+    config: DataConfig, beside: Callable[[int], dict[str, np.ndarray]] | None = None
+) -> grain.IterDataset:
     """Packed training batches; the iterator's state is one number, so resuming is exact.
 
     Batches depend only on the config, the corpus and the tokenizer. For every
-    ``process_count`` the processes' rows together are the same global batches.
+    ``process_count`` the processes' rows together are the same global batches. ``beside`` gives
+    further arrays of a batch by its number.
     """
     tokens = load_tokens(config)
     windows = PackedWindows(
         tokens, config.sequence_length, config.seed, config.shuffle, config.epochs
     )
-    return _batched(windows, config)
+    return _batched(windows, config, beside)
 
 
 def evaluation_batches(config: DataConfig, overlap: int = 0) -> grain.IterDataset:
@@ -110,10 +115,13 @@ def load_tokens(config: DataConfig) -> Tokens:
     return tokenize(corpus, Tokenizer.load(config.tokenizer))
 
 
-def _batched(windows: Windows, config: DataConfig) -> grain.IterDataset:
+def _batched(
+    windows: Windows,
+    config: DataConfig,
+    beside: Callable[[int], dict[str, np.ndarray]] | None = None,
+) -> grain.IterDataset:
     rows = ProcessRows(windows, config.batch_size, config.process_index, config.process_count)
-    return (
-        grain.MapDataset.source(rows)
-        .batch(config.batch_size // config.process_count)
-        .to_iter_dataset(_READ_OPTIONS)
-    )
+    batches = grain.MapDataset.source(rows).batch(config.batch_size // config.process_count)
+    if beside is not None:
+        batches = batches.map_with_index(lambda number, batch: {**batch, **beside(number)})
+    return batches.to_iter_dataset(_READ_OPTIONS)
