@@ -109,11 +109,12 @@ def _activation(found: dict[str, Any], key: str, default: str) -> str:
 
 def _from_longreach(found: dict[str, Any]) -> Config:
     try:
-        given = {
+        given: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in found["decoder"].items()
         }
-        return Config(**{**given, "rope": RopeScaling(**given["rope"])})
+        rope = RopeScaling(**given.pop("rope"))
+        return Config(**given, rope=rope)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"config.json describes no decoder of this version ({error}): export it again."

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from models import decoder
@@ -169,7 +170,7 @@ def position_digits(
         ValueError: a position that is negative or has more digits (inside a compiled program no
             position can be looked at: :func:`extend_table` and the policy check sizes there).
     """
-    if not isinstance(positions, jax.core.Tracer):
+    if not isinstance(positions, Tracer):
         given = np.asarray(positions)
         if given.size and not 0 <= given.min() <= given.max() < BASE**max_digits:
             raise ValueError(

@@ -102,8 +102,9 @@ class SeqPEPolicy:
         scale = q.shape[-1] ** -0.5
         if self.injection.method != "input_add":
             if layer is not None:
-                shared = seqpe.head_vectors(shared, layer, *q.shape[2:3], *k.shape[2:])
-            q, k = seqpe.apply_to_attention(q, k, *shared, self.injection)
+                shared = seqpe.head_vectors(shared, layer, q.shape[2], k.shape[2], k.shape[3])
+            u_q, u_k = shared
+            q, k = seqpe.apply_to_attention(q, k, u_q, u_k, self.injection)
         if cache is not None:
             cache = cache.append(k, v, step.start)
             k, v = cache.read(step.extent)
