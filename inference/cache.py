@@ -16,7 +16,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from inference.slots import take_slots, write_run, write_slots
-from models.decoder import Config
+from models.decoder import Config, default_policy
 
 
 @struct.dataclass
@@ -155,10 +155,10 @@ def init_cache(
 ) -> Cache:
     """An empty dense cache for ``batch`` rows of ``capacity`` slots.
 
-    Keys are ``key_width`` wide (default: the head's width), as the attention policy says.
+    Keys are ``key_width`` wide, as the attention policy says; default: as the model's own does.
     """
     values = (batch, cfg.num_kv_heads, capacity, cfg.head_dim)
-    keys = (*values[:3], cfg.head_dim if key_width is None else key_width)
+    keys = (*values[:3], default_policy(cfg).key_width(cfg) if key_width is None else key_width)
     # Every leaf is a buffer of its own, so that all of them can be donated.
     return Cache(
         layers=tuple(

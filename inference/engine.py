@@ -63,7 +63,8 @@ class Engine:
         policy: attention policy; default dense with the config's windows.
         rule: verification rule in place of the drafter's own (``typical`` is lossy).
         prefill_size: tokens per prefill chunk.
-        context_limit: longest text; default the config's ``max_length``.
+        context_limit: longest text; default the config's ``max_length``. A policy that has a
+            ``max_length`` of its own bounds it.
     """
 
     params: Any
@@ -266,6 +267,7 @@ class Engine:
         if seeds is not None and len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one per prompt.")
         limit = self.cfg.max_length if self.context_limit is None else self.context_limit
+        limit = min(limit, getattr(self.policy, "max_length", limit))
         for i, prompt in enumerate(prompts):
             if len(prompt) == 0:
                 raise ValueError(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from models.alibi import CHANNELS, Alibi
 from models.mesh_attention import mesh_attention
 from models.positions import RopeScaling, apply_rope, rope_angles, rope_frequencies
 from ops.attention import AttentionMask, BlockSizes
@@ -90,6 +91,20 @@ class AttentionPolicy(Protocol):
         cache: Any,
     ) -> Attended:
         """Mix: ``layer`` is this layer's slice of :meth:`per_layer`, ``x`` its normed input."""
+        ...
+
+
+@runtime_checkable
+class EmbeddingPolicy(Protocol):
+    """A policy that also says how tokens become layer inputs, for positions that are added there.
+
+    What it returns takes the place of :func:`models.decoder.embed`.
+    """
+
+    def embed(
+        self, params: Any, cfg: Any, tokens: Array, shared: Any, step: Step
+    ) -> Float[Array, "b t width"]:
+        """Inputs of the first layer; ``shared`` is what :meth:`AttentionPolicy.prepare` gave."""
         ...
 
 
@@ -218,13 +233,15 @@ class DensePolicy:
         return self.windows
 
     def key_width(self, cfg: Any) -> int:
-        """Rotated keys are as wide as a head."""
-        return cfg.head_dim
+        """Keys are as wide as a head, and a little wider under ALiBi."""
+        return cfg.head_dim + (CHANNELS if cfg.position == "alibi" else 0)
 
-    def prepare(self, cfg: Any, step: Step) -> Rope | None:
-        """The rotations of ``scheme`` or ``cfg.rope`` (None for models with learned positions)."""
+    def prepare(self, cfg: Any, step: Step) -> Rope | Alibi | None:
+        """The rotations of ``scheme`` or of the model; None where attention tells no positions."""
         if self.scheme is not None:
             return self.scheme.rope(cfg, step, step.start is not None)
+        if cfg.position == "alibi":
+            return Alibi(step.positions)
         if cfg.position != "rope":
             return None
         return make_rope(cfg.rope, cfg.rotary_dim, cfg.rope_base, step, step.start is not None)
@@ -232,7 +249,7 @@ class DensePolicy:
     def attend(
         self,
         layer: Any,
-        shared: Rope | None,
+        shared: Rope | Alibi | None,
         q: Float[Array, "b t h d"],
         k: Float[Array, "b t g d"],
         v: Float[Array, "b t g dv"],
@@ -241,6 +258,7 @@ class DensePolicy:
         cache: Any,
     ) -> Attended:
         """See :class:`AttentionPolicy`."""
+        scale = q.shape[-1] ** -0.5
         if shared is not None:
             q = shared.rotate_q(q)
             if not (shared.rotate_cached_keys and cache is not None):
@@ -252,7 +270,7 @@ class DensePolicy:
                 k = shared.rotate_k(k)
         mask = dense_mask(step, layer, cached=cache is not None)
         out = mesh_attention(
-            q, k, v, mask=mask, implementation=self.implementation, blocks=self.blocks
+            q, k, v, mask=mask, scale=scale, implementation=self.implementation, blocks=self.blocks
         )
         return Attended(out=out, cache=cache)
 

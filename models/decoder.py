@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from models.attention import AttentionPolicy, DensePolicy, PositionScheme, Step
+from models.attention import AttentionPolicy, DensePolicy, EmbeddingPolicy, PositionScheme, Step
 from models.layers import (
     ACTIVATIONS,
     Norm,
@@ -26,10 +26,12 @@ from models.layers import (
     project,
 )
 from models.params import Normal, ParamSpec
+from models.position_embeddings import learned, sinusoids
 from models.positions import RopeScaling
 from ops.weights import Weight, matmul, open_block, take
 
 NO_WINDOW = 2**30
+POSITIONS = ("rope", "learned", "sinusoidal", "alibi", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +39,9 @@ class Config:
     """Static shape and style of a decoder; hashable, so it can be a jit-static argument.
 
     ``windows`` gives a sliding window per layer (None entries: full attention); ``position`` is
-    ``rope`` or ``learned``; ``norm`` is ``rms`` or ``layer`` (with bias); ``activation`` is
-    ``silu``, ``gelu`` or ``gelu_tanh``, gated (SwiGLU) if ``gated_mlp``.
+    ``rope``, ``alibi``, ``learned`` or ``sinusoidal`` (both added to the tokens), or ``none``;
+    ``norm`` is ``rms`` or ``layer`` (with bias); ``activation`` is ``silu``, ``gelu`` or
+    ``gelu_tanh``, gated (SwiGLU) if ``gated_mlp``.
     """
 
     vocab_size: int
@@ -76,11 +79,13 @@ class Config:
             raise ValueError(
                 f"unknown activation {self.activation!r}: use one of {', '.join(ACTIVATIONS)}."
             )
-        if self.norm not in ("rms", "layer") or self.position not in ("rope", "learned"):
+        if self.norm not in ("rms", "layer") or self.position not in POSITIONS:
             raise ValueError(
-                "norm must be rms or layer and position rope or learned, "
+                f"norm must be rms or layer and position one of {', '.join(POSITIONS)}, "
                 f"got {self.norm!r}, {self.position!r}."
             )
+        if self.position == "sinusoidal" and self.hidden_size % 2:
+            raise ValueError(f"sinusoids need an even hidden_size, got {self.hidden_size}.")
         if self.windows is not None and len(self.windows) != self.num_layers:
             raise ValueError(
                 f"windows has {len(self.windows)} entries for {self.num_layers} layers."
@@ -169,10 +174,16 @@ def default_policy(cfg: Config, scheme: PositionScheme | None = None) -> DensePo
 def embed(
     params: Params, cfg: Config, tokens: Int[Array, "b t"], positions: Array
 ) -> Float[Array, "b t width"]:
-    """Token embeddings, plus learned positions where the model has them."""
+    """Token embeddings, plus learned positions or sinusoids where the model has them.
+
+    Real positions are read between the rows of a learned table. Sinusoids are as large beside
+    initial embeddings as in arXiv 1706.03762, which has embeddings of size 1.
+    """
     x = take(params.embed, tokens)
     if params.position_embed is not None:
-        x = x + take(params.position_embed, positions.astype(jnp.int32))
+        x = x + learned(params.position_embed, positions)
+    elif cfg.position == "sinusoidal":
+        x = x + (cfg.init_stddev * sinusoids(positions, cfg.hidden_size)).astype(x.dtype)
     return x
 
 
@@ -222,10 +233,14 @@ def forward(
         row = jnp.arange(source.shape[1], dtype=jnp.int32)[None]
         step = Step(jnp.broadcast_to(row, source.shape[:2]), causal=cfg.causal)
     policy = default_policy(cfg) if policy is None else policy
-    x = embed(params, cfg, source, step.positions) if embeds is None else embeds
-    runner = _Runner(
-        cfg, policy, policy.prepare(cfg, step), step, dict(taps or {}), all_hidden, remat
-    )
+    shared = policy.prepare(cfg, step)
+    if embeds is not None:
+        x = embeds
+    elif isinstance(policy, EmbeddingPolicy):
+        x = policy.embed(params, cfg, source, shared, step)
+    else:
+        x = embed(params, cfg, source, step.positions)
+    runner = _Runner(cfg, policy, shared, step, dict(taps or {}), all_hidden, remat)
     if layers is not None and layers.traced:
         x, kept = _run_chosen(runner, params, x, layers, cache, all_hidden)
     else:

@@ -6,21 +6,17 @@ of the target that it was trained for.
 
 import dataclasses
 import json
-import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from models.decoder import Config
-from models.params import path_name
-from models.safetensors_io import Safetensors, new_directory, write_checkpoint
+from models.safetensors_io import new_directory, read_tree, write_tree
 
 SCHEMA = 1
-MAX_SHARD_BYTES = 2 << 30
 
 
 def save_drafter(
@@ -46,14 +42,9 @@ def save_drafter(
         "target": _shape_of(target),
         "draft_vocabulary": ids,
     }
-    size = np.dtype(dtype).itemsize
-    tensors = [
-        (_name(path), math.prod(leaf.shape) * size, lambda leaf=leaf: np.asarray(leaf, dtype))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    ]
     with new_directory(directory) as folder:
         (folder / "config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
-        write_checkpoint(folder, tensors, MAX_SHARD_BYTES)
+        write_tree(folder, params, dtype)
 
 
 def load_settings(directory: str | pathlib.Path, kind: str, target: Config) -> dict[str, Any]:
@@ -87,29 +78,9 @@ def load_weights(directory: str | pathlib.Path, specs: Any) -> Any:
     """Float32 weights in the structure of ``specs``.
 
     Raises:
-        FileNotFoundError: no safetensors there.
-        ValueError: a missing or superfluous tensor, one of another shape, or a damaged file.
+        FileNotFoundError, ValueError: see :func:`models.safetensors_io.read_tree`.
     """
-    source = Safetensors(directory)
-    wanted = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(specs)}
-    if odd := sorted(wanted.keys() ^ set(source.names())):
-        state = "missing from" if odd[0] in wanted else "not expected in"
-        raise ValueError(
-            f"tensor {odd[0]} is {state} {directory}: its config is of another drafter."
-        )
-    for name, spec in wanted.items():
-        if source.shape(name) != tuple(spec.shape):
-            raise ValueError(
-                f"tensor {name} in {directory} has shape {source.shape(name)}, its config asks for "
-                f"{tuple(spec.shape)}: save the drafter again."
-            )
-    return jax.tree_util.tree_map_with_path(
-        lambda path, spec: jnp.asarray(source.read(_name(path)), jnp.float32), specs
-    )
-
-
-def _name(path: tuple) -> str:
-    return path_name(path).lstrip(".")
+    return read_tree(directory, specs)
 
 
 def _shape_of(target: Config) -> dict[str, int]:

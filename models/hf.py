@@ -106,7 +106,10 @@ def slots(cfg: Config, path: str) -> list[Slot]:
     Raises:
         ValueError: the parameter has no counterpart there, as a codec's leaf has not.
     """
-    gpt2 = family_of(cfg) == "gpt2"
+    family = family_of(cfg)
+    gpt2 = family == "gpt2"
+    if family == "longreach":
+        return _own_slots(cfg, path)
     if path == ".head":
         return [Slot(_HEAD, transpose=True)]
     layer = path.removeprefix(_LAYER_PREFIX)
@@ -135,6 +138,14 @@ def slots(cfg: Config, path: str) -> list[Slot]:
         dataclasses.replace(template, name=f"{prefix}{i}.{template.name}")
         for i in range(cfg.num_layers)
     ]
+
+
+def _own_slots(cfg: Config, path: str) -> list[Slot]:
+    """Where a parameter lies in the ``longreach`` form: under its own name."""
+    if not path.startswith(_LAYER_PREFIX):
+        return [Slot(path[1:])]
+    layer = path.removeprefix(_LAYER_PREFIX)
+    return [Slot(f"layers.{i}{layer}") for i in range(cfg.num_layers)]
 
 
 def assemble(
@@ -265,7 +276,7 @@ def load_hf(
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
 ) -> tuple[Params, Config]:
-    """Parameters and config of a Hugging Face directory (llama, qwen2, qwen3, mistral, gpt2).
+    """Parameters and config of a directory in Hugging Face layout, of a family in ``FAMILIES``.
 
     Args:
         directory: holds ``config.json`` and ``model.safetensors``, or shards with their index.

@@ -1,18 +1,21 @@
 """``config.json`` of Hugging Face model directories, to and from :class:`decoder.Config`.
 
-Five families: llama, qwen2 (also Qwen2.5), qwen3, mistral and gpt2. A setting that would change
-what the model computes and that the decoder does not carry is refused by key and value; keys that
-only concern training or generation (dropout, token ids, dtype) are ignored.
+Five families: llama, qwen2 (also Qwen2.5), qwen3, mistral and gpt2. Decoders whose positions none
+of them has are written as ``longreach``, a form that only this workspace reads. A setting that
+would change what the model computes and that the decoder does not carry is refused by key and
+value; keys that only concern training or generation (dropout, token ids, dtype) are ignored.
 """
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
 
 from models.decoder import Config
 from models.hf_rope import read_rope, refuse, write_rope
+from models.positions import RopeScaling
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gpt2")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gpt2", "longreach")
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -82,6 +85,8 @@ def from_hf(found: dict[str, Any]) -> Config:
     for key, neutral in _NEUTRAL.items():
         if found.get(key) not in neutral:
             refuse(key, found[key])
+    if family == "longreach":
+        return _from_longreach(found)
     return _from_gpt2(found) if family == "gpt2" else _from_llama_like(found, family)
 
 
@@ -100,6 +105,20 @@ def _activation(found: dict[str, Any], key: str, default: str) -> str:
     if name not in _ACTIVATIONS:
         refuse(key, name, f"known are {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
+
+
+def _from_longreach(found: dict[str, Any]) -> Config:
+    try:
+        given: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in found["decoder"].items()
+        }
+        rope = RopeScaling(**given.pop("rope"))
+        return Config(**given, rope=rope)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"config.json describes no decoder of this version ({error}): export it again."
+        ) from error
 
 
 def _from_gpt2(found: dict[str, Any]) -> Config:
@@ -209,7 +228,7 @@ def _read_windows(found: dict[str, Any], family: str, layers: int) -> tuple[int 
 
 
 def family_of(cfg: Config) -> str:
-    """The Hugging Face family that can express ``cfg``.
+    """The Hugging Face family that can express ``cfg``, or ``longreach`` for its positions.
 
     Raises:
         ValueError: none can; the sentence names the setting that stands in the way.
@@ -219,6 +238,8 @@ def family_of(cfg: Config) -> str:
             "a config with causal=False or rotary_fraction below 1 has no Hugging Face form: "
             "export it with `python -m train.export` as StableHLO instead."
         )
+    if cfg.position not in ("rope", "learned"):
+        return "longreach"
     if cfg.position == "learned":
         biases = cfg.qkv_bias and cfg.out_bias and cfg.mlp_bias
         fits = cfg.norm == "layer" and biases and not cfg.gated_mlp and not cfg.qk_norm
@@ -273,6 +294,8 @@ def to_hf(cfg: Config, dtype: str = "float32") -> dict[str, Any]:
         "dtype": dtype,
         "torch_dtype": dtype,
     }
+    if family == "longreach":
+        return {**common, "architectures": [], "decoder": dataclasses.asdict(cfg)}
     if family == "gpt2":
         return {
             "architectures": ["GPT2LMHeadModel"],

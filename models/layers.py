@@ -147,15 +147,19 @@ def finish(
     x: Float[Array, "b t width"],
     mixed: Float[Array, "b t h d"],
     tap: Callable[[str, Array], None],
+    drop: Callable[[Array], Array] = lambda x: x,
 ) -> Float[Array, "b t width"]:
-    """The rest of a layer: output projection, residual, MLP, residual."""
+    """The rest of a layer: output projection, residual, MLP, residual.
+
+    ``drop`` acts on what attention and MLP add to the stream, for dropout in training.
+    """
     mixed = mixed.reshape(*mixed.shape[:2], -1)
     tap("attn_out_in", mixed)
-    x = x + linear(mixed, layer.attn.o)
+    x = x + drop(linear(mixed, layer.attn.o))
     normed = normalize(x, layer.mlp_norm, cfg.norm_eps)
     tap("mlp_in", normed)
     inner = linear(normed, layer.mlp.up)
     act = ACTIVATIONS[cfg.activation]
     inner = act(inner) if layer.mlp.gate is None else act(linear(normed, layer.mlp.gate)) * inner
     tap("mlp_down_in", inner)
-    return x + linear(inner, layer.mlp.down)
+    return x + drop(linear(inner, layer.mlp.down))

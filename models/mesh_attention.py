@@ -24,6 +24,7 @@ def mesh_attention(
     v: Float[Array, "b s g dv"],
     *,
     mask: AttentionMask,
+    scale: float | None = None,
     implementation: str = "auto",
     blocks: BlockSizes | None = None,
 ) -> Float[Array, "b t h dv"]:
@@ -36,7 +37,7 @@ def mesh_attention(
     Raises:
         ValueError: see :func:`ops.attention.attention`.
     """
-    call = functools.partial(attention, implementation=implementation, blocks=blocks)
+    call = functools.partial(attention, scale=scale, implementation=implementation, blocks=blocks)
     chosen = target_platform() if implementation == "auto" else implementation
     mesh = mesh_in_force()
     slots = None if mesh is None else dividing(mesh, "length", k.shape[1])

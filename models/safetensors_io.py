@@ -5,6 +5,7 @@ holds the parameter being built and not the file.
 """
 
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -12,13 +13,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol, runtime_checkable
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from models.params import path_name
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 2 << 30
 
 DTYPES: dict[str, Any] = {
     "F32": np.dtype(np.float32),
@@ -254,6 +260,50 @@ def write_checkpoint(
         total = sum(size for shard in shards for _, size, _ in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def write_tree(folder: pathlib.Path, tree: Any, dtype: Any = jnp.float32) -> None:
+    """Write a tree of parameters under the names of its leaves, in ``dtype``.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    size = np.dtype(dtype).itemsize
+    tensors = [
+        (_leaf(path), math.prod(leaf.shape) * size, lambda leaf=leaf: np.asarray(leaf, dtype))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+    write_checkpoint(folder, tensors, MAX_SHARD_BYTES)
+
+
+def read_tree(directory: str | pathlib.Path, specs: Any) -> Any:
+    """Float32 parameters in the structure of ``specs``, as :func:`write_tree` wrote them.
+
+    Raises:
+        FileNotFoundError: no safetensors there.
+        ValueError: a missing or superfluous tensor, one of another shape, or a damaged file.
+    """
+    source = Safetensors(directory)
+    wanted = {_leaf(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(specs)}
+    if odd := sorted(wanted.keys() ^ set(source.names())):
+        state = "missing from" if odd[0] in wanted else "not expected in"
+        raise ValueError(
+            f"tensor {odd[0]} is {state} {directory}, whose settings describe another model: save "
+            "it again."
+        )
+    for name, spec in wanted.items():
+        if source.shape(name) != tuple(spec.shape):
+            raise ValueError(
+                f"tensor {name} in {directory} has shape {source.shape(name)}, its settings ask "
+                f"for {tuple(spec.shape)}: save it again."
+            )
+    return jax.tree_util.tree_map_with_path(
+        lambda path, spec: jnp.asarray(source.read(_leaf(path)), jnp.float32), specs
+    )
+
+
+def _leaf(path: tuple) -> str:
+    return path_name(path).lstrip(".")
 
 
 def save_arrays(arrays: dict[str, np.ndarray], path: pathlib.Path) -> None:

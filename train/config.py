@@ -52,7 +52,7 @@ class TrainConfig:
     microbatches: int
     steps_per_call: int  # updates per compiled call: more pays when one takes under ~10 ms
     compute_dtype: str  # float32 or bfloat16; parameters and sums stay float32
-    clip: str  # norm, value or none
+    clip: str  # norm, group_norm (each optimiser group by itself), value or none
     clip_threshold: float
     ema_decay: float  # 0: no moving average
     max_bad_steps: int  # stop after so many updates in a row that are not finite
@@ -75,7 +75,7 @@ class TrainConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"config.{name} is {getattr(self, name)}: give 0 or more.")
         _one_of("compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
-        _one_of("clip", self.clip, ("norm", "value", "none"))
+        _one_of("clip", self.clip, ("norm", "group_norm", "value", "none"))
         if self.clip != "none" and not self.clip_threshold > 0:
             raise ValueError(
                 f"config.clip_threshold is {self.clip_threshold}: give a positive number, "

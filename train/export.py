@@ -77,8 +77,14 @@ def export_run(run: pathlib.Path, out: pathlib.Path, options: Options) -> None:
         if isinstance(task, LanguageModel):
             params = task.combine(trained.params, None)
             tokenizer = Tokenizer.load(task.tokenizer)
+            told = task.positions(params)
+            if told is not None and options.stablehlo and task.model.position == "none":
+                raise ValueError(
+                    "the programs of --stablehlo know no positions but those of the model's "
+                    "config, and this model has none there: leave it out."
+                )
             _write_model(folder, task.trunk(params), task.model, tokenizer, options)
-            if (told := task.positions(params)) is not None:
+            if told is not None:
                 write_positions(folder, *told)
             facts = model_facts(task.model) | run_facts(run, trained, _windows_per_epoch(trained))
             write_card(folder, out.name, "A language model, trained by longreach.", facts)

@@ -81,6 +81,7 @@ def make_optimizer(
             ),
             config.steps,
             decayed(specs),
+            config.clip_threshold if config.clip == "group_norm" else None,
         )
         for name in used
     }
@@ -90,7 +91,7 @@ def make_optimizer(
 
 
 def _rule(
-    config: OptimizerConfig, steps: int, matrices: frozenset[str]
+    config: OptimizerConfig, steps: int, matrices: frozenset[str], limit: float | None
 ) -> optax.GradientTransformation:
     schedule = make_schedule(config, steps)
     if config.name == "sgd":
@@ -105,12 +106,16 @@ def _rule(
         return jax.tree_util.tree_map_with_path(lambda p, _: path_name(p) in matrices, params)
 
     decay = optax.add_decayed_weights(config.weight_decay, mask) if config.weight_decay else None
-    parts = [inner, decay, optax.scale_by_learning_rate(schedule)]
+    clip = None if limit is None else optax.clip_by_global_norm(limit)
+    parts = [clip, inner, decay, optax.scale_by_learning_rate(schedule)]
     return optax.chain(*[part for part in parts if part is not None])
 
 
 def clip_gradients(grads: Any, norm: Float[Array, ""], config: TrainConfig) -> Any:
-    """Gradients clipped as the config says: their global norm (``norm``), or each value."""
+    """Gradients clipped as the config says: their global norm (``norm``), or each value.
+
+    ``group_norm``, the norm of each group by itself, is the optimiser's part.
+    """
     limit = config.clip_threshold
     if config.clip == "norm":
         scale = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))

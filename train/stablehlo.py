@@ -190,9 +190,13 @@ def _inputs(
     ids = jax.ShapeDtypeStruct
     if name == "forward":
         return {"tokens": ids((size["b"], size["t"]), jnp.int32)}
-    shape = (size["b"], cfg.num_kv_heads, size["s"], cfg.head_dim)
-    entry = jax.ShapeDtypeStruct(shape, weights["final_norm.scale"].dtype)
-    cache = {f"{part}.{i}": entry for i in range(cfg.num_layers) for part in ("k", "v")}
+    widths = {"k": decoder.default_policy(cfg).key_width(cfg), "v": cfg.head_dim}
+    dtype, lead = weights["final_norm.scale"].dtype, (size["b"], cfg.num_kv_heads, size["s"])
+    cache: dict[str, Any] = {
+        f"{part}.{i}": ids((*lead, width), dtype)
+        for i in range(cfg.num_layers)
+        for part, width in widths.items()
+    }
     cache["length"] = ids((size["b"],), jnp.int32)
     return {"cache": cache, "tokens": ids((size["b"],), jnp.int32)}
 

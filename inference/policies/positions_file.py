@@ -1,7 +1,8 @@
 """What an exported folder says of a trained position scheme: ``positions.json``.
 
 A task that trains more than a decoder's config can say writes it beside the weights, and the
-policy of its method reads it: plain JSON, so that nothing is run when it is loaded.
+policy of its method reads it: plain JSON, so that nothing is run when it is loaded. What is too
+large for that, such as an encoder's weights, lies as safetensors in the folder ``positions``.
 """
 
 import json
@@ -9,14 +10,31 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from models.safetensors_io import read_tree, write_tree
+
 POSITIONS = "positions.json"
+WEIGHTS = "positions"
 SCHEMA = 1
 
 
-def write_positions(folder: pathlib.Path, method: str, facts: Mapping[str, Any]) -> None:
-    """Write the facts of a scheme: JSON values, floats to the last bit."""
+def write_positions(
+    folder: pathlib.Path, method: str, facts: Mapping[str, Any], weights: Any = None
+) -> None:
+    """Write the facts of a scheme: JSON values, floats to the last bit; and a tree of weights."""
     told = {"schema": SCHEMA, "method": method, **facts}
     (folder / POSITIONS).write_text(json.dumps(told), encoding="utf-8")
+    if weights is not None:
+        (folder / WEIGHTS).mkdir()
+        write_tree(folder / WEIGHTS, weights)
+
+
+def read_weights(folder: str, specs: Any) -> Any:
+    """The weights that :func:`write_positions` wrote, float32 in the structure of ``specs``.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`models.safetensors_io.read_tree`.
+    """
+    return read_tree(pathlib.Path(folder) / WEIGHTS, specs)
 
 
 def read_positions(folder: str, method: str) -> dict[str, Any]:

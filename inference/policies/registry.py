@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from inference.policies.dual_chunk import DualChunkPolicy
+from inference.policies.interpolated import InterpolatedPolicy, check_model
 from models.attention import DensePolicy, Rope, Step, make_rope
 from models.decoder import NO_WINDOW, Config, default_policy
 from models.positions import RopeScaling
@@ -22,10 +23,12 @@ POLICIES = {
     "ntk:FACTOR": "inference.policies.registry:load_ntk",
     "dynamic:FACTOR": "inference.policies.registry:load_dynamic",
     "yarn:FACTOR": "inference.policies.registry:load_yarn",
+    "interpolated": "inference.policies.registry:load_interpolated",
     "power:K": "research.context.giraffe.bases:load_power",
     "truncated:N": "research.context.giraffe.bases:load_truncated",
     "giraffe:DIR": "research.context.giraffe.bases:load_policy",
     "clex:DIR": "research.context.clex.scheme:load_policy",
+    "seqpe:DIR": "research.context.seqpe.policy:load_policy",
     "dual_chunk:CHUNK:LOCAL": "inference.policies.registry:load_dual_chunk",
     "dual_chunk:CHUNK:LOCAL:TRAINED": "inference.policies.registry:load_dual_chunk",
 }
@@ -104,6 +107,12 @@ def load_dynamic(arguments: list[str], cfg: Config) -> DensePolicy:
 def load_yarn(arguments: list[str], cfg: Config) -> DensePolicy:
     """YaRN."""
     return _scaled("yarn", arguments, cfg)
+
+
+def load_interpolated(arguments: list[str], cfg: Config) -> InterpolatedPolicy:
+    """Learned positions or sinusoids of a long text squeezed into the model's length."""
+    check_model(cfg)
+    return InterpolatedPolicy(default_policy(cfg).windows, trained=cfg.max_length)
 
 
 def load_dual_chunk(arguments: list[str], cfg: Config) -> DualChunkPolicy:

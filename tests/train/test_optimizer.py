@@ -95,3 +95,17 @@ def test_groups_that_do_not_exist_and_unknown_rules_are_refused():
         make_optimizer(make(groups={"head": {}}), SPECS, lambda name: "main")
     with pytest.raises(ValueError, match="unknown optimizer"):
         make_optimizer(make(optimizer=dict(vars(settings(name="lion")))), SPECS, lambda n: "main")
+
+
+def test_groups_are_clipped_by_themselves():
+    """The norm of one group does not shrink the other's gradients."""
+    params = init(SPECS, jax.random.key(0))
+    plain = settings(name="sgd", beta1=0.0, schedule="constant", warmup_steps=0, weight_decay=0.0)
+    config = make(optimizer=dict(vars(plain)), clip="group_norm", clip_threshold=1.0)
+    rule = make_optimizer(config, SPECS, lambda name: "other" if "matrix" in name else "main")
+    grads = {"matrix": jnp.full((2, 3), 100.0), "stack": jnp.full((4, 3), 0.01)}
+    same = clip_gradients(grads, jnp.asarray(250.0), config)
+    updates, _ = rule.update(same, rule.init(params), params)
+    rate = plain.learning_rate
+    np.testing.assert_allclose(jnp.linalg.norm(updates["matrix"]), rate, rtol=1e-5)
+    np.testing.assert_allclose(updates["stack"], -rate * grads["stack"], rtol=1e-5)

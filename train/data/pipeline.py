@@ -10,8 +10,10 @@ Batches are dictionaries of numpy arrays, ``b`` rows by ``t`` positions:
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import grain
+import numpy as np
 
 from models.tokenizer import Tokenizer
 from train.data.corpus import load_corpus
@@ -81,13 +83,23 @@ class DataConfig:
             )
 
 
-def make_dataset(config: DataConfig) -> grain.IterDataset:
+def make_dataset(
+    config: DataConfig, beside: Callable[[int], dict[str, np.ndarray]] | None = None
+) -> grain.IterDataset:
     """Packed training batches; the iterator's state is one number, so resuming is exact.
 
     Batches depend only on the config, the corpus and the tokenizer. For every
-    ``process_count`` the processes' rows together are the same global batches.
+    ``process_count`` the processes' rows together are the same global batches. ``beside`` gives
+    further arrays of a batch by its number.
     """
     return _batched(training_windows(config), config)
+
+
+def training_windows(config: DataConfig) -> PackedWindows | WholeDocuments:
+    """The windows that training batches are made of, in their order."""
+    kind = WholeDocuments if config.whole else PackedWindows
+    tokens = load_tokens(config)
+    return _batched(training_windows(config), config, beside)
 
 
 def training_windows(config: DataConfig) -> PackedWindows | WholeDocuments:
@@ -121,10 +133,13 @@ def load_tokens(config: DataConfig) -> Tokens:
     return tokenize(corpus, Tokenizer.load(config.tokenizer))
 
 
-def _batched(windows: Windows, config: DataConfig) -> grain.IterDataset:
+def _batched(
+    windows: Windows,
+    config: DataConfig,
+    beside: Callable[[int], dict[str, np.ndarray]] | None = None,
+) -> grain.IterDataset:
     rows = ProcessRows(windows, config.batch_size, config.process_index, config.process_count)
-    return (
-        grain.MapDataset.source(rows)
-        .batch(config.batch_size // config.process_count)
-        .to_iter_dataset(_READ_OPTIONS)
-    )
+    batches = grain.MapDataset.source(rows).batch(config.batch_size // config.process_count)
+    if beside is not None:
+        batches = batches.map_with_index(lambda number, batch: {**batch, **beside(number)})
+    return batches.to_iter_dataset(_READ_OPTIONS)

@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from models import decoder
@@ -83,7 +85,11 @@ class LanguageModel(BaseTask):
         """
         check_vocab(Tokenizer.load(self.tokenizer), self.model.vocab_size)
         rows = context.config.batch_size
-        return make_dataset(self._reading(context, "train", rows))
+        return make_dataset(self._reading(context, "train", rows), self.beside(context))
+
+    def beside(self, context: Context) -> Callable[[int], dict[str, np.ndarray]] | None:
+        """What stands beside the windows in a batch, by the batch's number; None: nothing."""
+        return None
 
     def loss(self, params: Any, batch: dict[str, Array], key: Array) -> tuple[Array, dict]:
         """Mean nats per target token."""
@@ -99,10 +105,11 @@ class LanguageModel(BaseTask):
         """The task's parameters with another decoder: the inverse of :meth:`trunk`."""
         return trunk
 
-    def positions(self, params: Any) -> tuple[str, dict[str, Any]] | None:
-        """The method and the facts of a trained position scheme, for the exported model.
+    def positions(self, params: Any) -> tuple[Any, ...] | None:
+        """The method, the facts and perhaps the weights of a trained position scheme, for export.
 
-        See :mod:`inference.policies.positions_file`. None: the decoder's config says it all.
+        Arguments of :func:`inference.policies.positions_file.write_positions`. None: the decoder's
+        config says it all.
         """
         return None
 
