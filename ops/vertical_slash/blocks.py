@@ -17,7 +17,7 @@ from ops.vertical_slash.select import Selection
 
 
 def to_plan(selection: Selection, where: Geometry, queries: int) -> SparsePlan:
-    """The plan of a selection for the blocks of `queries` queries, of which a row may have fewer."""
+    """The plan of a selection for `queries` queries, of which a row may have fewer."""
     starts, stops, counts = _ranges(selection.diagonals, where, -(-queries // BLOCK))
     columns, column_counts = _columns(selection.columns, starts, stops, counts, where)
     return SparsePlan(starts, stops, counts, columns, column_counts)

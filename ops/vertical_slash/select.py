@@ -31,7 +31,7 @@ class Selection:
 
 
 def raised(vertical: Int[Array, "*heads"]) -> Int[Array, "*heads"]:
-    """Budgets of columns as they are meant: exactly 30, which would be the sink alone, means 130."""
+    """Budgets of columns as they are meant: 30, which would be the sink alone, means 130."""
     return jnp.where(vertical == SINK, SINK + 100, vertical)
 
 
