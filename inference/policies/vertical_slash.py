@@ -111,44 +111,69 @@ class VerticalSlashPolicy:
         step: Step,
         sparse: Bool[Array, " b"],
     ) -> tuple[Float[Array, "b t h dv"], Float[Array, "b t h"]]:
-        """Run after run, a run being a row's queries within one chunk.
+        """Every run of queries attends to what matters to its own last ones.
 
         Rows that are not to be sparse get a plan of everything, which is dense attention by other
-        means. Queries beyond a row's count give zeros.
+        means.
         """
-        stride, (b, t) = self.dense.stride, q.shape[:2]
-        size = min(t, stride)
-        begin = step.positions[:, 0]
-        end = begin + (t if step.counts is None else step.counts)
-        chunk = begin // stride
-        # A run is cut out and put back whole, so that what lies behind a row's end is needed.
-        rotated, critical = (
-            jnp.pad(each, ((0, 0), (0, 0), (0, size), (0, 0), (0, 0)))
-            for each in (shared.rotate_q(q), shared.rotate_critical(q))
-        )
+        stride = self.dense.stride
 
-        def run(i, carry):
-            first = jnp.minimum(jnp.maximum(begin, (chunk + i) * stride), begin + t)
-            counts = jnp.clip(jnp.minimum(end, (chunk + i + 1) * stride) - first, 0, size)
+        def attend(queries, critical, first, counts):
             plan = vertical_slash_plan(
-                _cut(critical, first - begin, size, 1), k, first, counts,
-                layer[0][None], layer[1][None], stride=stride, most=self.most, every=~sparse,
+                critical, k, first, counts, layer[0][None], layer[1][None],
+                stride=stride, most=self.most, every=~sparse,
             )  # fmt: skip
-            positions = first[:, None] + jnp.arange(size, dtype=jnp.int32)
-            part = block_sparse_attention(
-                _cut(rotated, first - begin, size, 1), k, v, positions, plan, stride=stride,
-                implementation=self.implementation,
-            )  # fmt: skip
-            # What is behind the run's end is put right by the next one.
-            return tuple(_paste(x, y, first - begin) for x, y in zip(carry, part, strict=True))
+            positions = first[:, None] + jnp.arange(queries.shape[2], dtype=jnp.int32)
+            return block_sparse_attention(
+                queries, k, v, positions, plan, stride=stride, implementation=self.implementation
+            )
 
-        empty = (
-            jnp.zeros((b, t + size, q.shape[2], v.shape[3]), v.dtype),
-            jnp.full((b, t + size, q.shape[2]), -jnp.inf, jnp.float32),
+        return over_runs(attend, shared.rotate_q(q), shared.rotate_critical(q), step, stride)
+
+
+def over_runs(
+    attend: Any,
+    queries: Float[Array, "3 b t h d"],
+    critical: Float[Array, "3 b t h d"],
+    step: Step,
+    stride: int,
+) -> Any:
+    """One run after the other, a run being a row's queries within one chunk.
+
+    Args:
+        attend: takes the run's rotated queries and critical ones (3, b, size, h, d), each row's
+            first position, and how many of its queries are real; returns arrays (b, size, ...).
+        step: consecutive positions, and counts.
+
+    Returns:
+        The arrays for all queries, (b, t, ...). What stands beyond a row's count is not meant.
+    """
+    b, t = queries.shape[1:3]
+    size = min(t, stride)
+    begin = step.positions[:, 0]
+    end = begin + (t if step.counts is None else step.counts)
+    chunk = begin // stride
+    # A run is cut out and put back whole, so there must be room behind the last one.
+    room = ((0, 0), (0, 0), (0, size), (0, 0), (0, 0))
+    queries, critical = jnp.pad(queries, room), jnp.pad(critical, room)
+
+    def part(i):
+        first = jnp.minimum(jnp.maximum(begin, (chunk + i) * stride), begin + t)
+        counts = jnp.clip(jnp.minimum(end, (chunk + i + 1) * stride) - first, 0, size)
+        offset = first - begin
+        return offset, attend(
+            _cut(queries, offset, size), _cut(critical, offset, size), first, counts
         )
-        runs = jnp.max((end - 1) // stride - chunk) + 1
-        out, lse = jax.lax.fori_loop(0, runs, run, empty)
-        return out[:, :t], lse[:, :t]
+
+    def run(i, carry):
+        offset, new = part(i)
+        # What is behind the run's end is put right by the next one.
+        return jax.tree.map(lambda x, y: _paste(x, y, offset), carry, new)
+
+    shapes = jax.eval_shape(part, jnp.int32(0))[1]
+    empty = jax.tree.map(lambda x: jnp.zeros((b, t + size, *x.shape[2:]), x.dtype), shapes)
+    runs = jnp.max((end - 1) // stride - chunk) + 1
+    return jax.tree.map(lambda x: x[:, :t], jax.lax.fori_loop(0, runs, run, empty))
 
 
 def with_budgets(
@@ -203,12 +228,12 @@ def read_budgets(path: pathlib.Path, chunk_size: int, local_size: int) -> Vertic
     return with_budgets(dense, held["vertical"], held["slash"], threshold)
 
 
-def _cut(x: Array, start: Int[Array, " b"], size: int, axis: int) -> Array:
-    """From each row, ``size`` entries along the axis after the rows'."""
+def _cut(x: Array, start: Int[Array, " b"], size: int) -> Array:
+    """``size`` queries of each row from its start on."""
     return jax.vmap(
-        lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, size, axis),
-        in_axes=(axis, 0),
-        out_axes=axis,
+        lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, size, axis=1),
+        in_axes=(1, 0),
+        out_axes=1,
     )(x, start)
 
 
