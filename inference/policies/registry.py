@@ -4,14 +4,25 @@ Each entry names a function ``load(arguments, cfg) -> policy`` as ``module:attri
 looked up when asked for, because some live in packages that this one must not import.
 """
 
+import pathlib
 import pkgutil
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from inference.policies.dual_chunk import DualChunkPolicy
+<<<<<<< HEAD
 from inference.policies.interpolated import InterpolatedPolicy, check_model
+=======
+from inference.policies.vertical_slash import (
+    THRESHOLD,
+    VerticalSlashPolicy,
+    read_budgets,
+    with_budgets,
+)
+>>>>>>> sparse
 from models.attention import DensePolicy, Rope, Step, make_rope
 from models.decoder import NO_WINDOW, Config, default_policy
 from models.positions import RopeScaling
@@ -31,10 +42,14 @@ POLICIES = {
     "seqpe:DIR": "research.context.seqpe.policy:load_policy",
     "dual_chunk:CHUNK:LOCAL": "inference.policies.registry:load_dual_chunk",
     "dual_chunk:CHUNK:LOCAL:TRAINED": "inference.policies.registry:load_dual_chunk",
+    "vertical_slash:CHUNK:LOCAL:FILE": "inference.policies.registry:load_vertical_slash",
+    "vertical_slash:CHUNK:LOCAL:V:S": "inference.policies.registry:load_vertical_slash",
+    "vertical_slash:CHUNK:LOCAL:V:S:THRESHOLD": "inference.policies.registry:load_vertical_slash",
 }
 """What can be asked for. Sizes are in tokens; ``FACTOR`` is the ratio of the wanted to the trained
 length; ``TRAINED`` switches dual chunk attention's temperature on beyond that many tokens; ``DIR``
-is an exported run of the method."""
+is an exported run of the method; ``V`` and ``S`` are columns and diagonals per head, ``FILE`` holds
+them for each, and prompts up to ``THRESHOLD`` tokens are read densely."""
 
 
 @struct.dataclass
@@ -118,13 +133,30 @@ def load_interpolated(arguments: list[str], cfg: Config) -> InterpolatedPolicy:
 def load_dual_chunk(arguments: list[str], cfg: Config) -> DualChunkPolicy:
     """Dual chunk attention, with a temperature if a trained length is given."""
     sizes = [_whole(argument, "dual_chunk") for argument in arguments]
-    if sizes[0] > cfg.max_length:
-        raise ValueError(
-            f"a chunk of {sizes[0]} tokens exceeds the model's {cfg.max_length}: no relative "
-            "position is kept within the trained range, so take a smaller chunk."
-        )
+    _check_chunk(sizes[0], cfg)
     trained = sizes[2] if len(sizes) > 2 else 0
     return DualChunkPolicy(sizes[0], sizes[1], original_max_position=trained)
+
+
+def load_vertical_slash(arguments: list[str], cfg: Config) -> VerticalSlashPolicy:
+    """Sparse prefill with one budget for all heads, or with a file of budgets."""
+    chunk = _whole(arguments[0], "vertical_slash")
+    local = 0 if arguments[1] == "0" else _whole(arguments[1], "vertical_slash")
+    _check_chunk(chunk, cfg)
+    if len(arguments) == 3:
+        return read_budgets(pathlib.Path(arguments[2]), chunk, local)
+    vertical, slash, *rest = (_whole(argument, "vertical_slash") for argument in arguments[2:])
+    every = np.ones((cfg.num_layers, cfg.num_heads), np.int32)
+    threshold = rest[0] if rest else THRESHOLD
+    return with_budgets(DualChunkPolicy(chunk, local), vertical * every, slash * every, threshold)
+
+
+def _check_chunk(size: int, cfg: Config) -> None:
+    if size > cfg.max_length:
+        raise ValueError(
+            f"a chunk of {size} tokens exceeds the model's {cfg.max_length}: no relative "
+            "position is kept within the trained range, so take a smaller chunk."
+        )
 
 
 def _scaled(kind: str, arguments: list[str], cfg: Config) -> DensePolicy:

@@ -56,8 +56,13 @@ def largest_block(stride: int, most: int) -> int:
     return next(n for n in range(min(stride, most), 0, -1) if stride % n == 0)
 
 
-def _attend_at_once(q, k, v, q_positions, lengths, stride, scale):
-    """Few queries: all scores, one product in blocks of slots."""
+def all_scores(
+    q: Float[Array, "3 b g r t d"],
+    k: Float[Array, "b g s d"],
+    q_positions: Int[Array, "b t"],
+    stride: int,
+) -> Float[Array, "b g r t s"]:
+    """Products of all queries with all keys, each in the rotation that the pair wants."""
     _, b, g, r, t, d = q.shape
     s = k.shape[2]
     block = s if s <= stride else math.gcd(s, stride)
@@ -65,17 +70,22 @@ def _attend_at_once(q, k, v, q_positions, lengths, stride, scale):
         # Blocks of the stride's divisors do not tile the slots: score in all rotations.
         scores = jnp.einsum("xbgrtd,bgsd->xbgrts", q, k, preferred_element_type=jnp.float32)
         which = rotation_of(q_positions[:, :, None] // stride, _slots(s) // stride)
-        scores = pick(scores, which[:, None, None])
-    else:
-        first = jnp.arange(s // block, dtype=jnp.int32) * block
-        which = rotation_of(q_positions[None] // stride, first[:, None, None] // stride)
-        rotated = pick(q[:, None], which[:, :, None, None, :, None])
-        scores = jnp.einsum(
-            "nbgrtd,bgnkd->bgrtnk",
-            rotated,
-            k.reshape(b, g, s // block, block, d),
-            preferred_element_type=jnp.float32,
-        ).reshape(b, g, r, t, s)
+        return pick(scores, which[:, None, None])
+    first = jnp.arange(s // block, dtype=jnp.int32) * block
+    which = rotation_of(q_positions[None] // stride, first[:, None, None] // stride)
+    rotated = pick(q[:, None], which[:, :, None, None, :, None])
+    return jnp.einsum(
+        "nbgrtd,bgnkd->bgrtnk",
+        rotated,
+        k.reshape(b, g, s // block, block, d),
+        preferred_element_type=jnp.float32,
+    ).reshape(b, g, r, t, s)
+
+
+def _attend_at_once(q, k, v, q_positions, lengths, stride, scale):
+    """Few queries: all scores, one product in blocks of slots."""
+    s = k.shape[2]
+    scores = all_scores(q, k, q_positions, stride)
     visible = (_slots(s) <= q_positions[:, :, None]) & (_slots(s) < lengths[:, None, None])
     scores = jnp.where(visible[:, None, None], scores * scale, -jnp.inf)
     top = scores.max(axis=-1, keepdims=True)

@@ -1,0 +1,367 @@
+"""Sparse prefill on a real model: what patterns retain, which budgets heads need, how fast it is.
+
+    python -m experiments.sparse_prefill --text=FILE --part=quality
+    python -m experiments.sparse_prefill --text=FILE --part=speed
+
+``quality`` measures recall and error of outputs in every head of every layer, over budgets and
+patterns, then searches and refines budgets. ``speed`` times the first layers at longer texts.
+Every seed is another excerpt of the text.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+
+from experiments import record, statements
+from experiments.settings import from_flags
+from experiments.statements import Statement, value
+from inference.policies.dual_chunk import DualChunkPolicy
+from inference.policies.vertical_slash import with_budgets
+from models import decoder
+from models.attention import Step
+from models.load import Model, load
+from research.context.qwen25_1m import budgets
+from research.context.qwen25_1m.patterns import (
+    AShape,
+    BlockSparse,
+    Pattern,
+    RandomColumns,
+    VerticalSlash,
+)
+from research.context.qwen25_1m.retention import MeasuringPolicy, Retention, measure
+
+POINTS = {
+    "vertical_slash": ((50, 100), (150, 250), (400, 500), (900, 1000)),
+    "naive": ((50, 100), (150, 250), (400, 500), (900, 1000)),
+    "a_shape": ((30, 100), (30, 400), (30, 1000), (30, 2000)),
+    "random": (50, 300, 900, 1800),
+    "block_sparse": (3, 8, 16, 32),
+}
+"""Budgets of each pattern: columns and diagonals, sink and local window, columns, blocks."""
+
+
+def curve(row: dict[str, Any], name: str, seed: int) -> np.ndarray:
+    """A pattern's values over its budgets, for one seed or (-1) in the mean."""
+    return np.array([value({"x": sample}, "x", seed) for sample in row[name]])
+
+
+def monotone(rows: dict[str, dict[str, Any]], seed: int) -> bool:
+    """Whether a larger budget retains more and errs less."""
+    row = rows["vertical_slash"]
+    recall, error = curve(row, "recall", seed), curve(row, "error", seed)
+    return bool(np.all(np.diff(recall) >= 0) and np.all(np.diff(error) <= 0))
+
+
+def beats(rival: str) -> Callable[[dict[str, dict[str, Any]], int], bool]:
+    """Whether vertical-slash retains more than the rival at each density that both reach."""
+
+    def test(rows: dict[str, dict[str, Any]], seed: int) -> bool:
+        density, recall = (curve(rows["vertical_slash"], x, seed) for x in ("density", "recall"))
+        theirs, their_recall = (curve(rows[rival], x, seed) for x in ("density", "recall"))
+        shared = (density >= theirs.min()) & (density <= theirs.max())
+        return bool(
+            shared.any()
+            and np.all(recall[shared] > np.interp(density[shared], theirs, their_recall))
+        )
+
+    return test
+
+
+STATEMENTS = (
+    Statement(
+        "a larger budget retains more attention and errs less", ("vertical_slash",), monotone
+    ),
+    *(
+        Statement(
+            f"vertical-slash retains more than {words} at equal density",
+            ("vertical_slash", rival),
+            beats(rival),
+        )
+        for rival, words in (
+            ("a_shape", "a sink and a local window"),
+            ("random", "random columns"),
+            ("block_sparse", "blocks chosen by mean products"),
+        )
+    ),
+    Statement(
+        "critical rotations select at least as well as those of dual chunk attention",
+        ("vertical_slash", "naive"),
+        lambda rows, seed: bool(
+            np.all(
+                curve(rows["vertical_slash"], "recall", seed)
+                >= curve(rows["naive"], "recall", seed)
+            )
+        ),
+    ),
+    Statement(
+        "refinement brings every head to the threshold or the cap",
+        ("refined",),
+        lambda rows, seed: value(rows["refined"], "short", seed) == 0,
+    ),
+    Statement(
+        "refinement needs a smaller total budget than raising all heads alike",
+        ("refined", "uniform"),
+        lambda rows, seed: (
+            value(rows["refined"], "budget", seed) < value(rows["uniform"], "budget", seed)
+        ),
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured, and on what; see the flags."""
+
+    model: str
+    text: str
+    part: str
+    seeds: tuple[int, ...]
+    tokens: int
+    chunk: int
+    local: int
+    threshold: float
+    step: int
+    cap: int
+    scale: float
+    lengths: tuple[str, ...]
+    layers: int
+    repeats: int
+
+
+def excerpt(model: Model, text: str, tokens: int, seed: int) -> jax.Array:
+    """(1, tokens) of the text, another part for every seed."""
+    read = pathlib.Path(text).read_text(encoding="utf-8")
+    start = (seed + 1) * len(read) // 8
+    ids = model.tokenizer.encode(read[start : start + 8 * tokens])
+    if len(ids) < tokens:
+        raise ValueError(f"{text} is too short for {tokens} tokens: give a longer text.")
+    return jnp.asarray([ids[:tokens]], jnp.int32)
+
+
+def patterns_of(kind: str, cfg: decoder.Config, seed: int) -> dict[str, Pattern]:
+    """A kind of pattern under each of its budgets, by number."""
+    made = {}
+    points: Any = POINTS[kind]
+    ones = jnp.ones((cfg.num_heads,), jnp.int32)
+    for i, point in enumerate(points):
+        if kind in ("vertical_slash", "naive"):
+            most = (points[-1][0], points[-1][1])
+            made[str(i)] = VerticalSlash(point[0] * ones, point[1] * ones, most, kind == "naive")
+        elif kind == "a_shape":
+            made[str(i)] = AShape(point[0], point[1], points[-1])
+        elif kind == "random":
+            made[str(i)] = RandomColumns(point, seed, points[-1])
+        else:
+            made[str(i)] = BlockSparse(point, points[-1])
+    return made
+
+
+_measure = jax.jit(measure, static_argnames=("cfg", "layers"))
+
+
+def run_curves(settings: Settings, model: Model) -> list[dict[str, Any]]:
+    """A row per pattern: recall, error and density over its budgets."""
+    dense = DualChunkPolicy(settings.chunk, settings.local)
+    rows = []
+    for kind, points in POINTS.items():
+        per_seed = []
+        for seed in settings.seeds:
+            print(kind, "seed", seed, flush=True)
+            policy = MeasuringPolicy(dense, patterns_of(kind, model.cfg, seed))
+            tokens = excerpt(model, settings.text, settings.tokens, seed)
+            got = _measure(model.params, model.cfg, policy, tokens)
+            per_seed.append(
+                {
+                    field: [float(jnp.mean(getattr(r, field))) for r in got.values()]
+                    for field in ("recall", "error", "density")
+                }
+            )
+        rows.append(
+            {"method": kind, "points": [list(np.atleast_1d(p).tolist()) for p in points]}
+            | {
+                field: [record.sample(x) for x in zip(*(s[field] for s in per_seed), strict=True)]
+                for field in ("recall", "error", "density")
+            }
+        )
+    return rows
+
+
+def search(
+    settings: Settings, model: Model, tokens: jax.Array
+) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+    """Base budgets (layers, h) from the candidates, and how many heads each pattern fits best."""
+    ones = jnp.ones((model.cfg.num_heads,), jnp.int32)
+    tables = [budgets.scaled(c, settings.scale) for c in budgets.CANDIDATES]
+    most = (max(v for v, _ in tables) + 100, max(s for _, s in tables))
+    made: dict[str, Pattern] = {
+        f"{v} columns, {s} diagonals": VerticalSlash(v * ones, s * ones, most) for v, s in tables
+    }
+    names = list(made)
+    sink, local = budgets.scaled(budgets.A_SHAPE, settings.scale)
+    blocks = budgets.scaled((budgets.BLOCKS, 1), settings.scale)[0]
+    made[f"A-shape, {sink} and {local}"] = AShape(sink, local, (sink, local))
+    made[f"{blocks} blocks"] = BlockSparse(blocks, blocks)
+    policy = MeasuringPolicy(DualChunkPolicy(settings.chunk, settings.local), made)
+    got = _measure(model.params, model.cfg, policy, tokens)
+    scores = {name: np.asarray(got[name].recall) for name in made}
+    best = budgets.best_candidates({name: scores[name] for name in names})
+    winners = budgets.best_candidates(scores)
+    counts = {name: int(np.sum(winners == i)) for i, name in enumerate(made)}
+    return np.array(tables)[best][..., 0], np.array(tables)[best][..., 1], counts
+
+
+def run_refinement(settings: Settings, model: Model) -> list[dict[str, Any]]:
+    """Rows of the search, the refinement, and the uniform raise."""
+    cap = (settings.cap, settings.cap)
+    dense = DualChunkPolicy(settings.chunk, settings.local)
+    found: dict[str, list[Any]] = {"refined": [], "uniform": [], "searched": []}
+    for seed in settings.seeds:
+        print("refinement, seed", seed, flush=True)
+        tokens = excerpt(model, settings.text, settings.tokens, seed)
+        vertical, slash, winners = search(settings, model, tokens)
+        found["searched"].append(winners)
+
+        def recall(vertical: np.ndarray, slash: np.ndarray, tokens: jax.Array = tokens):
+            pattern = VerticalSlash(jnp.asarray(vertical), jnp.asarray(slash), cap)
+            policy = MeasuringPolicy(dense, {}, {"heads": pattern})
+            got: Retention = _measure(model.params, model.cfg, policy, tokens)["heads"]
+            print("lowest recall", float(jnp.min(got.recall)), flush=True)
+            return np.asarray(got.recall)
+
+        limits = {"threshold": settings.threshold, "step": settings.step, "cap": cap}
+        for name, raise_budgets in (
+            ("refined", budgets.refine),
+            ("uniform", budgets.refine_uniformly),
+        ):
+            found[name].append(raise_budgets(recall, vertical, slash, **limits))
+    rows: list[dict[str, Any]] = [
+        {
+            "method": "searched",
+            "heads": {
+                name: record.sample([w[name] for w in found["searched"]])
+                for name in found["searched"][0]
+            },
+        }
+    ]
+    for name in ("refined", "uniform"):
+        rows.append(
+            {
+                "method": name,
+                "budget": record.sample([r.total for r in found[name]]),
+                "passes": record.sample([r.passes for r in found[name]]),
+                "lowest": record.sample([r.recall.min() for r in found[name]]),
+                "mean": record.sample([r.recall.mean() for r in found[name]]),
+                "short": record.sample(
+                    [
+                        np.sum((r.recall < settings.threshold) & (r.vertical < settings.cap))
+                        for r in found[name]
+                    ]
+                ),
+                "at_cap": record.sample([np.sum(r.vertical >= settings.cap) for r in found[name]]),
+            }
+        )
+    return rows
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "layers"))
+def prefill(params: Any, cfg: decoder.Config, tokens: jax.Array, policy: Any, layers: Any) -> Any:
+    """The hidden states after some layers."""
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    step = Step(positions, mode="prefill")
+    return decoder.forward(params, cfg, tokens, step=step, policy=policy, layers=layers).pre_norm
+
+
+def run_speed(settings: Settings, model: Model) -> list[dict[str, Any]]:
+    """Rows of seconds and tokens per second through the first layers."""
+    layers = decoder.LayerChoice(0, settings.layers)
+    chunked = DualChunkPolicy(settings.chunk, settings.local)
+    every = np.ones((model.cfg.num_layers, model.cfg.num_heads), np.int32)
+    ones = jnp.ones((model.cfg.num_heads,), jnp.int32)
+    rows = []
+    for length in map(int, settings.lengths):
+        tokens = excerpt(model, settings.text, length, settings.seeds[0])
+        points: Any = POINTS["vertical_slash"]
+        patterns: dict[str, Pattern] = {
+            f"{v}:{s}": VerticalSlash(v * ones, s * ones, points[-1]) for v, s in points
+        }
+        kept = _measure(model.params, model.cfg, MeasuringPolicy(chunked, patterns), tokens, layers)
+        policies: dict[str, Any] = {"dense": None, "dual chunk": chunked} | {
+            f"{v}:{s}": dataclasses.replace(
+                with_budgets(chunked, v * every, s * every, threshold=0), most=points[-1]
+            )
+            for v, s in points
+        }
+        for name, policy in policies.items():
+            print(length, name, flush=True)
+            run = functools.partial(prefill, model.params, model.cfg, tokens, policy, layers)
+            run().block_until_ready()
+            seconds = []
+            for _ in range(settings.repeats):
+                start = time.perf_counter()
+                run().block_until_ready()
+                seconds.append(time.perf_counter() - start)
+            one = kept.get(name)
+            rows.append(
+                {
+                    "method": f"{name}@{length}",
+                    "policy": name,
+                    "length": length,
+                    "seconds": record.sample(seconds),
+                    "tokens_per_second": record.sample([length / s for s in seconds]),
+                    "density": 1.0 if one is None else float(jnp.mean(one.density)),
+                    "recall": 1.0 if one is None else float(jnp.mean(one.recall)),
+                }
+            )
+    return rows
+
+
+def main(_: Sequence[str]) -> None:
+    """Run with the flags' settings, print and save."""
+    logging.set_verbosity(logging.WARNING)
+    settings = from_flags(Settings)
+    model = load(settings.model)
+    if settings.part == "speed":
+        rows, answers = run_speed(settings, model), []
+    else:
+        rows = [*run_curves(settings, model), *run_refinement(settings, model)]
+        answers = statements.answer(rows, STATEMENTS, len(settings.seeds))
+        print(statements.show(answers))
+    for row in rows:
+        print(row)
+    name = pathlib.Path(settings.model).name.replace("-", "_")
+    path = record.save(
+        f"sparse_prefill_{settings.part}_{name}", rows, config=settings, seeds=settings.seeds,
+        statements=answers,
+    )  # fmt: skip
+    print("saved", path)
+
+
+def define_flags() -> None:
+    """The command's flags."""
+    flags.DEFINE_string("model", "smollm2-135m", "The model.")
+    flags.DEFINE_string("text", None, "A text file that excerpts are taken from.", required=True)
+    flags.DEFINE_enum("part", "quality", ["quality", "speed"], "What to measure.")
+    flags.DEFINE_list("seeds", ["0", "1"], "Excerpts.")
+    flags.DEFINE_integer("tokens", 4096, "Length of an excerpt for quality.", lower_bound=1)
+    flags.DEFINE_integer("chunk", 2048, "Chunk size C of dual chunk attention.")
+    flags.DEFINE_integer("local", 256, "Local size w; the stride C - w is a multiple of 64.")
+    flags.DEFINE_float("threshold", 0.9, "Recall that refinement wants of every head.")
+    flags.DEFINE_integer("step", 128, "What a refinement adds to both budgets.")
+    flags.DEFINE_integer("cap", 1500, "The largest budgets of refinement.")
+    flags.DEFINE_float("scale", 0.125, "Factor on the published candidates, for shorter texts.")
+    flags.DEFINE_list("lengths", ["8192", "16384"], "Lengths for speed.")
+    flags.DEFINE_integer("layers", 2, "How many first layers are timed.")
+    flags.DEFINE_integer("repeats", 2, "Times each is run.")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
