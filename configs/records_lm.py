@@ -16,7 +16,7 @@ from configs.defaults import Config
 
 
 def get_config() -> Config:
-    """Nearly 7 epochs; whole documents per row, so that every position up to 255 is trained alike."""
+    """Nearly 7 epochs; whole documents per row, so that all positions are trained alike."""
     config = base_lm.get_config()
     config.task.update(
         {

@@ -4,7 +4,7 @@
 
 The antiderivative at the authors' defaults: 10,000 triples of 100 sensor values, branch and trunk
 of 40 by 2, Adam. Ours is the compiled step of ``python -m train``, once as it is and once reading
-all sensor values, without the basis that the input functions share (:func:`models.pod.input_basis`).
+all sensor values, without the basis that input functions share (:func:`models.pod.input_basis`).
 Theirs is ``Model.train`` with its logging and testing switched off. All take their turns one after
 the other, so that a machine that changes its pace changes all. Products are in full float32, as
 theirs are, on a GPU too; both libraries use one if they see it. DeepXDE is in the ``bench`` extra.
@@ -130,7 +130,11 @@ def main(_: Sequence[str]) -> None:
     triples = draw_triples(flags.FLAGS.triples)
     model = model_of(config_file.get_config())
     theirs = Theirs(triples, (model.branch, model.trunk))
-    sides = {"longreach": Ours(triples), "all-sensors": Ours(triples, AllSensors), "deepxde": theirs}
+    sides = {
+        "longreach": Ours(triples),
+        "all-sensors": Ours(triples, AllSensors),
+        "deepxde": theirs,
+    }
     before = os.getloadavg()[0]
     runs = [(name, side.run) for name, side in sides.items()]
     rates = measure(runs, flags.FLAGS.steps, flags.FLAGS.repeats)

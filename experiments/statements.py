@@ -34,7 +34,7 @@ def at_least(a: str, b: str, name: str, factor: float = 1.0) -> Test:
 def answer(
     rows: Sequence[Row], statements: Sequence[Statement], seeds: int
 ) -> list[dict[str, Any]]:
-    """Every statement with ``holds`` (None if a method is missing) and ``seeds``, one each.
+    """Every statement with ``holds`` and ``seeds``, one each; None if what it needs is missing.
 
     Args:
         rows: with ``method`` as their name.
@@ -44,14 +44,13 @@ def answer(
     by = {row["method"]: row for row in rows}
     answers: list[dict[str, Any]] = []
     for statement in statements:
-        known = set(statement.methods) <= by.keys()
-        answers.append(
-            {
-                "statement": statement.text,
-                "holds": statement.test(by, -1) if known else None,
-                "seeds": [statement.test(by, seed) for seed in range(seeds)] if known else [],
-            }
-        )
+        try:
+            if not set(statement.methods) <= by.keys():
+                raise KeyError(statement.methods)
+            held, each = statement.test(by, -1), [statement.test(by, s) for s in range(seeds)]
+        except KeyError:  # a method, or a number of one, was not measured
+            held, each = None, []
+        answers.append({"statement": statement.text, "holds": held, "seeds": each})
     return answers
 
 

@@ -13,16 +13,13 @@ import numpy as np
 from flax import struct
 
 from inference.policies.dual_chunk import DualChunkPolicy
-<<<<<<< HEAD
 from inference.policies.interpolated import InterpolatedPolicy, check_model
-=======
 from inference.policies.vertical_slash import (
     THRESHOLD,
     VerticalSlashPolicy,
     read_budgets,
     with_budgets,
 )
->>>>>>> sparse
 from models.attention import DensePolicy, Rope, Step, make_rope
 from models.decoder import NO_WINDOW, Config, default_policy
 from models.positions import RopeScaling

@@ -4,7 +4,9 @@ from jaxtyping import Array, Float, Int
 
 from ops.block_sparse.plan import SparsePlan
 from ops.block_sparse.reference import reference_attention
+from ops.block_sparse.tpu import attend_plan
 from ops.block_sparse.xla import sparse_attention
+from ops.platform import target_platform
 
 
 def block_sparse_attention(
@@ -31,7 +33,8 @@ def block_sparse_attention(
         value.
       stride: c, static.
       scale: multiplies the scores in float32; default d ** -0.5.
-      implementation: "xla" (also "auto") or "reference", which holds all scores.
+      implementation: "reference" (holds all scores), "xla", "tpu" (the kernel, which has no
+        gradient), "interpret" (the kernel on CPU); "auto" is the kernel on a TPU, else "xla".
 
     Returns:
       The output in v's dtype and the log-sum-exp of the scaled scores, float32.
@@ -49,10 +52,16 @@ def block_sparse_attention(
         )
     plan.validate(*q.shape[1:4])
     scaled_by = q.shape[-1] ** -0.5 if scale is None else scale
-    if implementation in ("auto", "xla"):
+    if implementation == "auto":
+        implementation = "tpu" if target_platform() == "tpu" else "xla"
+    if implementation in ("tpu", "interpret"):
+        interpret = implementation == "interpret"
+        return attend_plan(q, k, v, q_positions, plan, stride, scaled_by, interpret=interpret)
+    if implementation == "xla":
         return sparse_attention(q, k, v, q_positions, plan, stride, scaled_by)
     if implementation == "reference":
         return reference_attention(q, k, v, q_positions, plan, stride, scaled_by)
     raise ValueError(
-        f"unknown block-sparse implementation {implementation!r}: name one of auto, xla, reference."
+        f"unknown block-sparse implementation {implementation!r}: name one of auto, reference, "
+        "xla, tpu, interpret."
     )

@@ -144,7 +144,8 @@ def test_a_basis_of_the_inputs_changes_neither_outputs_nor_gradients(cfg: DeepON
         coefficients = jnp.asarray(u @ basis.T, jnp.float32)
         return jnp.mean(jnp.square(deeponet.aligned(inner, small, coefficients, y)))
 
-    values, gradients = zip(*(jax.value_and_grad(f)(params) for f in (whole, projected)))
+    both = [jax.value_and_grad(f)(params) for f in (whole, projected)]
+    values, gradients = zip(*both, strict=True)
     assert float(values[0]) == pytest.approx(float(values[1]), rel=1e-5)
     for exact, found in zip(*map(jax.tree.leaves, gradients), strict=True):
         np.testing.assert_allclose(found, exact, atol=1e-5 * float(jnp.abs(exact).max() + 1))

@@ -92,13 +92,6 @@ def make_dataset(
     ``process_count`` the processes' rows together are the same global batches. ``beside`` gives
     further arrays of a batch by its number.
     """
-    return _batched(training_windows(config), config)
-
-
-def training_windows(config: DataConfig) -> PackedWindows | WholeDocuments:
-    """The windows that training batches are made of, in their order."""
-    kind = WholeDocuments if config.whole else PackedWindows
-    tokens = load_tokens(config)
     return _batched(training_windows(config), config, beside)
 
 
