@@ -123,7 +123,7 @@ class VerticalSlashPolicy:
                 critical, k, first, counts, layer[0][None], layer[1][None],
                 stride=stride, most=self.most, every=~sparse,
             )  # fmt: skip
-            positions = first[:, None] + jnp.arange(queries.shape[2], dtype=jnp.int32)
+            positions = first[:, None] + jnp.arange(queries.shape[2], dtype=jnp.int32)[None]
             return block_sparse_attention(
                 queries, k, v, positions, plan, stride=stride, implementation=self.implementation
             )

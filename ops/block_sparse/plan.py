@@ -4,6 +4,7 @@ from typing import Any
 
 import flax.struct
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
 BLOCK = 64
 """Queries that share a list, and the longest range of keys."""
@@ -33,6 +34,16 @@ class SparsePlan:
     columns: Any
     column_counts: Any
 
+    @property
+    def meant_ranges(self) -> Bool[Array, "b h n R"]:
+        """Which ranges are meant."""
+        return _below(self.range_counts, self.starts.shape[3])
+
+    @property
+    def meant_columns(self) -> Bool[Array, "b h n C"]:
+        """Which columns are meant."""
+        return _below(self.column_counts, self.columns.shape[3])
+
     def validate(self, b: int, t: int, h: int) -> None:
         """Checks the shapes against b rows of t queries with h heads.
 
@@ -56,3 +67,7 @@ class SparsePlan:
                 )
         if jnp.shape(self.starts) != jnp.shape(self.stops):
             raise ValueError("SparsePlan needs as many starts as stops.")
+
+
+def _below(counts: Array, size: int) -> Array:
+    return jnp.arange(size, dtype=jnp.int32)[None, None, None] < counts[..., None]

@@ -12,18 +12,17 @@ def attended(plan: SparsePlan, q_positions: Int[Array, "b t"], s: int) -> Bool[A
     b, h, n, most = plan.starts.shape
     t = q_positions.shape[1]
     lane = jnp.arange(b * h * n, dtype=jnp.int32)[:, None]
-    meant = jnp.arange(most) < plan.range_counts[..., None]
+    meant = plan.meant_ranges
     edges = jnp.zeros((b * h * n, s + 1), jnp.int32)
     for slots, change in ((plan.starts, 1), (plan.stops, -1)):
         edges = edges.at[lane, slots.reshape(b * h * n, most)].add(
             change * meant.reshape(b * h * n, most), mode="drop"
         )
     listed = jnp.cumsum(edges, axis=1)[:, :s] > 0
-    meant = jnp.arange(plan.columns.shape[3]) < plan.column_counts[..., None]
-    columns = jnp.where(meant, plan.columns, s).reshape(b * h * n, -1)
+    columns = jnp.where(plan.meant_columns, plan.columns, s).reshape(b * h * n, -1)
     listed = listed.at[lane, columns].set(True, mode="drop").reshape(b, h, n, s)
     listed = jnp.repeat(listed, BLOCK, axis=2)[:, :, :t]
-    return listed & (jnp.arange(s) <= q_positions[:, :, None])[:, None]
+    return listed & (jnp.arange(s)[None, None] <= q_positions[:, :, None])[:, None]
 
 
 def reference_attention(
@@ -40,7 +39,7 @@ def reference_attention(
     s, g = k.shape[1:3]
     q = q.reshape(3, b, t, g, h // g, d)
     scores = jnp.einsum("xbtgrd,bsgd->xbgrts", q, k, preferred_element_type=jnp.float32)
-    slots = jnp.arange(s, dtype=jnp.int32)
+    slots = jnp.arange(s, dtype=jnp.int32)[None, None]
     which = rotation_of(q_positions[:, :, None] // stride, slots // stride)[None, :, None, None]
     scores = jnp.take_along_axis(scores, which, axis=0)[0].reshape(b, h, t, s) * scale
     mask = attended(plan, q_positions, s)

@@ -88,10 +88,11 @@ class _Lists:
             x.reshape(-1, x.shape[-1]) for x in (plan.starts, plan.stops, plan.columns)
         )
         self.ranges = plan.range_counts.reshape(-1)
-        meant = jnp.arange(plan.columns.shape[3]) < plan.column_counts[..., None]
         which = rotation_of(chunk[..., None], plan.columns // stride)
         # Columns ascend, so those of a segment follow each other: inter, successive, intra.
-        sizes = jnp.stack([jnp.sum(meant & (which == x), axis=-1) for x in (2, 1, 0)], axis=-1)
+        sizes = jnp.stack(
+            [jnp.sum(plan.meant_columns & (which == x), axis=-1) for x in (2, 1, 0)], axis=-1
+        )
         sizes = sizes.reshape(-1, 3)
         self.column_ends = jnp.cumsum(sizes, axis=1)
         self.column_pieces = jnp.cumsum((sizes + BLOCK - 1) // BLOCK, axis=1)
@@ -99,8 +100,8 @@ class _Lists:
 
     def pieces(self, lane: Int[Array, " l"], start: Int[Array, ""], number: int):
         """Slots (l, number, 64) of the pieces from `start` on, and which are meant."""
-        index = start + jnp.arange(number, dtype=jnp.int32)
-        within = jnp.arange(BLOCK, dtype=jnp.int32)
+        index = start + jnp.arange(number, dtype=jnp.int32)[None]
+        within = jnp.arange(BLOCK, dtype=jnp.int32)[None, None]
         a_range = index < self.ranges[lane][:, None]
         at = jnp.minimum(index, self.starts.shape[1] - 1)
         begin, stop = self.starts[lane[:, None], at], self.stops[lane[:, None], at]

@@ -46,7 +46,7 @@ def select(
     """
     scaled_by = q.shape[-1] ** -0.5 if scale is None else scale
     size = min(LAST_QUERIES, q.shape[2])
-    index = where.counts[:, None] - size + jnp.arange(size, dtype=jnp.int32)
+    index = where.counts[:, None] - size + jnp.arange(size, dtype=jnp.int32)[None]
     valid, index = index >= 0, jnp.maximum(index, 0)
     columns, diagonals = column_and_diagonal_mass(
         jnp.take_along_axis(q, index[None, :, :, None, None], axis=2),

@@ -25,7 +25,7 @@ def to_plan(selection: Selection, where: Geometry, queries: int) -> SparsePlan:
 
 def _last_rows(where: Geometry, blocks: int) -> tuple[Bool[Array, "b n"], Int[Array, "b n"]]:
     """Whether a block has queries, and the position of its last one."""
-    first_row = jnp.arange(blocks, dtype=jnp.int32) * BLOCK
+    first_row = jnp.arange(blocks, dtype=jnp.int32)[None] * BLOCK
     last_row = jnp.minimum(first_row + BLOCK, where.counts[:, None]) - 1
     return first_row < where.counts[:, None], where.first[:, None] + last_row
 
@@ -37,11 +37,12 @@ def _ranges(
     b, h, _, s = diagonals.shape
     most = s // BLOCK + 3
     none = s + BLOCK * (blocks + 2)  # no shift brings it back into the text
-    following = jnp.where(diagonals, jnp.arange(s, dtype=jnp.int32), none)
+    slots = jnp.arange(s, dtype=jnp.int32)[None, None, None]
+    following = jnp.where(diagonals, slots, none)
     following = jnp.pad(following, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=none)
     following = jax.lax.cummin(following, axis=3, reverse=True).reshape(b, h, 3 * (s + 1))
     bases = jnp.concatenate([where.bases, where.ends[-1:]])  # one for lanes that are done
-    end_row = (jnp.arange(blocks, dtype=jnp.int32) + 1) * BLOCK
+    end_row = (jnp.arange(blocks, dtype=jnp.int32)[None] + 1) * BLOCK
     shift = 1 + (end_row - where.counts[:, None])[:, None]  # (b, 1, n): from diagonal to range end
     filled, last = _last_rows(where, blocks)
     rows = [jnp.arange(n, dtype=jnp.int32) for n in (b, h, blocks)]
@@ -83,7 +84,8 @@ def _columns(
     """Columns outside the ranges of their block that one of its queries can see."""
     b, h, n, most = starts.shape
     big = jnp.iinfo(jnp.int32).max
-    begun = jnp.where(jnp.arange(most, dtype=jnp.int32) < counts[..., None], starts, big)
+    meant = jnp.arange(most, dtype=jnp.int32)[None, None, None] < counts[..., None]
+    begun = jnp.where(meant, starts, big)
     search = jax.vmap(jax.vmap(jax.vmap(_last_begun, (0, None)), (0, 0)), (0, 0))
     index = search(begun, columns)  # (b, h, n, V)
     inside = columns[:, :, None] < jnp.take_along_axis(stops, jnp.maximum(index, 0), axis=3)

@@ -33,7 +33,7 @@ def column_and_diagonal_mass(
     s, g = k.shape[1:3]
     q = q.reshape(3, b, n, g, h // g, d).transpose(0, 1, 3, 4, 2, 5)
     scores = all_scores(q, jnp.swapaxes(k, 1, 2), positions, stride).reshape(b, h, n, s) * scale
-    seen = jnp.arange(s, dtype=jnp.int32) <= positions[:, :, None]
+    seen = jnp.arange(s, dtype=jnp.int32)[None, None] <= positions[:, :, None]
     scores = jnp.where(seen[:, None], scores, -jnp.inf)
     top = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - top)

@@ -41,18 +41,18 @@ class Geometry:
         Distances are counted from the last query to its own slot in the intra segment, and in the
         others as if their end met the run's first query.
         """
-        return jnp.where(_rows(INTRA), self.ends, self.ends + self.counts) - 1
+        return jnp.where(_rows(INTRA), self.ends, self.ends + self.counts[None]) - 1
 
     def diagonals(self, s: int) -> Array:
         """(3, b, s) bool: the diagonals that a segment takes up."""
-        slots = jnp.arange(s, dtype=jnp.int32)
-        last = jnp.where(_rows(INTRA), self.ends, self.ends + self.counts)[..., None]
+        slots = jnp.arange(s, dtype=jnp.int32)[None, None]
+        last = jnp.where(_rows(INTRA), self.ends, self.ends + self.counts[None])[..., None]
         exists = (self.bases < self.ends)[..., None]
         return exists & (slots >= self.bases[..., None]) & (slots < last)
 
     def columns(self, s: int) -> Array:
         """(3, b, s) bool: the slots of a segment."""
-        slots = jnp.arange(s, dtype=jnp.int32)
+        slots = jnp.arange(s, dtype=jnp.int32)[None, None]
         return (slots >= self.bases[..., None]) & (slots < self.ends[..., None])
 
 

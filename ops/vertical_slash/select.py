@@ -43,7 +43,7 @@ def keep_columns(
     V is the smaller of `most` and s; places beyond the budget or the text hold s.
     """
     s = mass.shape[-1]
-    slots = jnp.arange(s, dtype=jnp.int32)
+    slots = jnp.arange(s, dtype=jnp.int32)[None, None]
     mass = jnp.where(slots < SINK, CERTAIN - slots, mass)
     return _largest(mass, budget, end, most)
 
@@ -53,7 +53,7 @@ def keep_diagonals(
 ) -> Bool[Array, "b h s"]:
     """The `budget` diagonals with the largest mass before `end`, the 100 nearest among them."""
     s = mass.shape[-1]
-    distance = end[:, None, None] - 1 - jnp.arange(s, dtype=jnp.int32)
+    distance = end[:, None, None] - 1 - jnp.arange(s, dtype=jnp.int32)[None, None]
     mass = jnp.where((distance >= 0) & (distance < LOCAL), CERTAIN - distance, mass)
     return marks(_largest(mass, budget, end, most), s)
 
@@ -84,16 +84,16 @@ def by_segment(
     b, h, s = diagonals.shape
     marked = diagonals[:, :, None] & jnp.moveaxis(where.diagonals(s), 0, 1)[:, None]
     length = where.ends - where.bases  # (3, b)
-    steps = jnp.arange(SPREAD, dtype=jnp.int32)
-    spread = steps * (length[..., None] // SPREAD) + steps * (length[..., None] % SPREAD) // SPREAD
-    spread = jnp.where(length[..., None] > 0, spread, s)
+    steps, length = jnp.arange(SPREAD, dtype=jnp.int32)[None, None], length[..., None]
+    spread = steps * (length // SPREAD) + steps * (length % SPREAD) // SPREAD
+    spread = jnp.where(length > 0, spread, s)
     straight = jnp.where(spread < s, where.straight[..., None] - spread, s)
     empty = ~marked.any(axis=-1, keepdims=True)
     marked |= empty & marks(jnp.moveaxis(straight, 0, 1), s)[:, None]
     if every is not None:
         marked |= every[:, None, None, None] & jnp.moveaxis(where.diagonals(s), 0, 1)[:, None]
-    own = (columns >= where.bases[..., None, None]) & (columns < where.ends[..., None, None])
-    missing = ~own.any(axis=-1)  # (3, b, h)
+    bases, ends = where.bases[..., None, None], where.ends[..., None, None]
+    missing = ~((columns[None] >= bases) & (columns[None] < ends)).any(axis=-1)  # (3, b, h)
     extra = jnp.where(spread < s, where.bases[..., None] + spread, s)
     extra = jnp.where(missing[..., None], extra[:, :, None], s)
     extra = jnp.moveaxis(extra, 0, 2).reshape(b, h, -1)
@@ -104,9 +104,9 @@ def by_segment(
 
 def _largest(mass, budget, end, most):
     s = mass.shape[-1]
-    slots = jnp.arange(s, dtype=jnp.int32)
+    slots = jnp.arange(s, dtype=jnp.int32)[None, None]
     mass = jnp.where(slots < end[:, None, None], mass, -1.0)
     _, chosen = jax.lax.top_k(mass, min(most, s))
-    rank = jnp.arange(chosen.shape[-1], dtype=jnp.int32)
+    rank = jnp.arange(chosen.shape[-1], dtype=jnp.int32)[None, None]
     kept = (rank < budget[..., None]) & (chosen < end[:, None, None])
     return jnp.where(kept, chosen, s)

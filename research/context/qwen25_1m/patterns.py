@@ -31,7 +31,7 @@ class Run:
     @property
     def positions(self) -> Int[Array, "b t"]:
         """Of the queries."""
-        return self.first[:, None] + jnp.arange(self.queries.shape[2], dtype=jnp.int32)
+        return self.first[:, None] + jnp.arange(self.queries.shape[2], dtype=jnp.int32)[None]
 
 
 class Pattern(Protocol):
@@ -73,7 +73,7 @@ class AShape:
         """See :class:`Pattern`."""
         where = geometry(run.first, run.counts, run.stride)
         b, s, h = run.k.shape[0], run.k.shape[1], run.queries.shape[3]
-        slots = jnp.arange(s, dtype=jnp.int32)
+        slots = jnp.arange(s, dtype=jnp.int32)[None, None]
         heads = jnp.zeros((b, h, 1), jnp.float32)
         selection = by_segment(
             keep_columns(heads + s - slots, _all(self.sink, b, h), where.end, self.most[0]),
@@ -128,13 +128,13 @@ class BlockSparse:
                 f"{run.stride}: take a multiple of {BLOCK}."
             )
         scores, last = _block_scores(run)
-        number = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+        number = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None, None, None]
         own = (last // BLOCK)[:, None, :, None]
         scores = jnp.where((number == own) | (number == 0), jnp.inf, scores)
         scores = jnp.where(number <= own, scores, -jnp.inf)
         best, chosen = jax.lax.top_k(scores, min(self.most, scores.shape[-1]))
-        rank = jnp.arange(chosen.shape[-1], dtype=jnp.int32)
-        real = jnp.arange(last.shape[1]) * BLOCK < run.counts[:, None]
+        rank = jnp.arange(chosen.shape[-1], dtype=jnp.int32)[None, None, None]
+        real = jnp.arange(last.shape[1])[None] * BLOCK < run.counts[:, None]
         kept = (best > -jnp.inf) & (rank < self.blocks) & real[:, None, :, None]
         none = jnp.iinfo(jnp.int32).max
         starts = jnp.sort(jnp.where(kept, chosen * BLOCK, none), axis=-1)
@@ -155,21 +155,23 @@ def _block_scores(run: Run) -> tuple[Float[Array, "b h n m"], Int[Array, "b n"]]
     _, b, t, h, d = run.critical.shape
     s, g = run.k.shape[1:3]
     n, m = -(-t // BLOCK), -(-s // BLOCK)
-    rows = jnp.arange(n * BLOCK, dtype=jnp.int32)
+    rows = jnp.arange(n * BLOCK, dtype=jnp.int32)[None]
     live = rows < run.counts[:, None]
     q = jnp.pad(run.critical, ((0, 0), (0, 0), (0, n * BLOCK - t), (0, 0), (0, 0)))
     q = jnp.where(live[None, :, :, None, None], q, 0).reshape(3, b, n, BLOCK, h, d).sum(axis=3)
     size = live.reshape(b, n, BLOCK).sum(axis=2)
     q = (q / jnp.maximum(size, 1)[None, :, :, None, None]).reshape(3, b, n, g, h // g, d)
-    slots = jnp.arange(m * BLOCK, dtype=jnp.int32)
+    slots = jnp.arange(m * BLOCK, dtype=jnp.int32)[None]
     held = slots < (run.first + run.counts)[:, None]
     k = jnp.pad(run.k, ((0, 0), (0, m * BLOCK - s), (0, 0), (0, 0)))
     k = jnp.where(held[..., None, None], k, 0).reshape(b, m, BLOCK, g, d).mean(axis=2)
     scores = jnp.einsum("xbngrd,bmgd->xbgrnm", q, k).reshape(3, b, h, n, m)
     chunk = (run.first // run.stride)[:, None]
-    which = rotation_of(chunk, slots[None, ::BLOCK] // run.stride)
+    which = rotation_of(chunk, slots[:, ::BLOCK] // run.stride)
     scores = jnp.take_along_axis(scores, which[None, :, None, None], axis=0)[0]
-    last = run.first[:, None] + jnp.minimum(rows[BLOCK - 1 :: BLOCK] + 1, run.counts[:, None]) - 1
+    last = (
+        run.first[:, None] + jnp.minimum(rows[:, BLOCK - 1 :: BLOCK] + 1, run.counts[:, None]) - 1
+    )
     return scores, last
 
 

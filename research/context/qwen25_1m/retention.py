@@ -95,7 +95,7 @@ class MeasuringPolicy:
         t = q.shape[1]
         counts = jnp.full((q.shape[0],), t, jnp.int32) if step.counts is None else step.counts
         begin = jnp.where(counts > self.settled, self.settled, 0)
-        row = jnp.arange(t, dtype=jnp.int32)
+        row = jnp.arange(t, dtype=jnp.int32)[None]
         counted = (row < counts[:, None]) & (row >= begin[:, None])
         aux = {}
         for name, pattern in {**self.patterns, **(layer or {})}.items():
@@ -125,8 +125,9 @@ class MeasuringPolicy:
 
 def listed_keys(plan: SparsePlan) -> Array:
     """(b, h, n): how many slots each block's queries are multiplied with."""
-    meant = jnp.arange(plan.starts.shape[3]) < plan.range_counts[..., None]
-    return jnp.where(meant, plan.stops - plan.starts, 0).sum(axis=-1) + plan.column_counts
+    return (
+        jnp.where(plan.meant_ranges, plan.stops - plan.starts, 0).sum(axis=-1) + plan.column_counts
+    )
 
 
 def measure(
