@@ -8,8 +8,8 @@ The others, by a word after the file's name:
     --config=configs/seqpe.py:rope               and learned, sinusoidal, alibi, none: the rivals
 
 The corpus is the standard library's sources; `--config.task.corpus=text:PATH` reads files, and
-`--config.compute_dtype=bfloat16` suits a GPU. `python -m experiments.seqpe` trains and compares
-all of them.
+`--config.compute_dtype=bfloat16` suits a GPU. An export is read by the policy `seqpe:DIR`, those of
+rivals by `dense` and `interpolated` (`python -m experiments.long_context`).
 
 Minutes and expected numbers: not measured yet.
 """

@@ -7,7 +7,7 @@ By a word after the file's name: `:no_contrastive`, `:no_transfer`, `:no_both`, 
 
     --config.task.images=FOLDER/t10k-images-idx3-ubyte.gz --config.task.model.classes=10
 
-`python -m experiments.seqpe_vit` trains and compares all. Minutes: not measured yet.
+Minutes and expected accuracy: not measured yet.
 """
 
 from configs import defaults
