@@ -1,17 +1,14 @@
-"""Sparse prefill on a real model: what patterns retain, which budgets heads need, how fast it is.
+"""Sparse prefill on a real model: what patterns retain, and which budgets heads need.
 
-    python -m experiments.sparse_prefill --text=FILE --part=quality
-    python -m experiments.sparse_prefill --text=FILE --part=speed
+    python -m experiments.sparse_prefill --text=BOOK.txt
 
-``quality`` measures recall and error of outputs in every head of every layer, over budgets and
-patterns, then searches and refines budgets. ``speed`` times the first layers at longer texts.
-Every seed is another excerpt of the text.
+Recall and error of outputs in every head of every layer, over budgets and patterns; then budgets are
+searched and refined. What it costs is in :mod:`experiments.bench_sparse_prefill`. Every seed is
+another excerpt of the text.
 """
 
 import dataclasses
-import functools
 import pathlib
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,9 +21,7 @@ from experiments import record, statements
 from experiments.settings import from_flags
 from experiments.statements import Statement, value
 from inference.policies.dual_chunk import DualChunkPolicy
-from inference.policies.vertical_slash import with_budgets
 from models import decoder
-from models.attention import Step
 from models.load import Model, load
 from research.context.qwen25_1m import budgets
 from research.context.qwen25_1m.patterns import (
@@ -122,7 +117,6 @@ class Settings:
 
     model: str
     text: str
-    part: str
     seeds: tuple[int, ...]
     tokens: int
     chunk: int
@@ -131,9 +125,6 @@ class Settings:
     step: int
     cap: int
     scale: float
-    lengths: tuple[str, ...]
-    layers: int
-    repeats: int
 
 
 def excerpt(model: Model, text: str, tokens: int, seed: int) -> jax.Array:
@@ -164,7 +155,7 @@ def patterns_of(kind: str, cfg: decoder.Config, seed: int) -> dict[str, Pattern]
     return made
 
 
-_measure = jax.jit(measure, static_argnames=("cfg", "layers"))
+measure_once = jax.jit(measure, static_argnames=("cfg", "layers"))
 
 
 def run_curves(settings: Settings, model: Model) -> list[dict[str, Any]]:
@@ -177,7 +168,7 @@ def run_curves(settings: Settings, model: Model) -> list[dict[str, Any]]:
             print(kind, "seed", seed, flush=True)
             policy = MeasuringPolicy(dense, patterns_of(kind, model.cfg, seed))
             tokens = excerpt(model, settings.text, settings.tokens, seed)
-            got = _measure(model.params, model.cfg, policy, tokens)
+            got = measure_once(model.params, model.cfg, policy, tokens)
             per_seed.append(
                 {
                     field: [float(jnp.mean(getattr(r, field))) for r in got.values()]
@@ -210,7 +201,7 @@ def search(
     made[f"A-shape, {sink} and {local}"] = AShape(sink, local, (sink, local))
     made[f"{blocks} blocks"] = BlockSparse(blocks, blocks)
     policy = MeasuringPolicy(DualChunkPolicy(settings.chunk, settings.local), made)
-    got = _measure(model.params, model.cfg, policy, tokens)
+    got = measure_once(model.params, model.cfg, policy, tokens)
     scores = {name: np.asarray(got[name].recall) for name in made}
     best = budgets.best_candidates({name: scores[name] for name in names})
     winners = budgets.best_candidates(scores)
@@ -232,7 +223,7 @@ def run_refinement(settings: Settings, model: Model) -> list[dict[str, Any]]:
         def recall(vertical: np.ndarray, slash: np.ndarray, tokens: jax.Array = tokens):
             pattern = VerticalSlash(jnp.asarray(vertical), jnp.asarray(slash), cap)
             policy = MeasuringPolicy(dense, {}, {"heads": pattern})
-            got: Retention = _measure(model.params, model.cfg, policy, tokens)["heads"]
+            got: Retention = measure_once(model.params, model.cfg, policy, tokens)["heads"]
             print("lowest recall", float(jnp.min(got.recall)), flush=True)
             return np.asarray(got.recall)
 
@@ -271,76 +262,33 @@ def run_refinement(settings: Settings, model: Model) -> list[dict[str, Any]]:
     return rows
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "layers"))
-def prefill(params: Any, cfg: decoder.Config, tokens: jax.Array, policy: Any, layers: Any) -> Any:
-    """The hidden states after some layers."""
-    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    step = Step(positions, mode="prefill")
-    return decoder.forward(params, cfg, tokens, step=step, policy=policy, layers=layers).pre_norm
+def run(settings: Settings) -> list[dict[str, Any]]:
+    """A row per pattern, one of the search, and one for each way to raise budgets."""
+    model = load(settings.model)
+    return [*run_curves(settings, model), *run_refinement(settings, model)]
 
 
-def run_speed(settings: Settings, model: Model) -> list[dict[str, Any]]:
-    """Rows of seconds and tokens per second through the first layers."""
-    layers = decoder.LayerChoice(0, settings.layers)
-    chunked = DualChunkPolicy(settings.chunk, settings.local)
-    every = np.ones((model.cfg.num_layers, model.cfg.num_heads), np.int32)
-    ones = jnp.ones((model.cfg.num_heads,), jnp.int32)
-    rows = []
-    for length in map(int, settings.lengths):
-        tokens = excerpt(model, settings.text, length, settings.seeds[0])
-        points: Any = POINTS["vertical_slash"]
-        patterns: dict[str, Pattern] = {
-            f"{v}:{s}": VerticalSlash(v * ones, s * ones, points[-1]) for v, s in points
-        }
-        kept = _measure(model.params, model.cfg, MeasuringPolicy(chunked, patterns), tokens, layers)
-        policies: dict[str, Any] = {"dense": None, "dual chunk": chunked} | {
-            f"{v}:{s}": dataclasses.replace(
-                with_budgets(chunked, v * every, s * every, threshold=0), most=points[-1]
-            )
-            for v, s in points
-        }
-        for name, policy in policies.items():
-            print(length, name, flush=True)
-            run = functools.partial(prefill, model.params, model.cfg, tokens, policy, layers)
-            run().block_until_ready()
-            seconds = []
-            for _ in range(settings.repeats):
-                start = time.perf_counter()
-                run().block_until_ready()
-                seconds.append(time.perf_counter() - start)
-            one = kept.get(name)
-            rows.append(
-                {
-                    "method": f"{name}@{length}",
-                    "policy": name,
-                    "length": length,
-                    "seconds": record.sample(seconds),
-                    "tokens_per_second": record.sample([length / s for s in seconds]),
-                    "density": 1.0 if one is None else float(jnp.mean(one.density)),
-                    "recall": 1.0 if one is None else float(jnp.mean(one.recall)),
-                }
-            )
-    return rows
+def show(rows: Sequence[dict[str, Any]]) -> str:
+    """The patterns' recall at each of their densities."""
+    lines = []
+    for row in rows:
+        if "recall" in row:
+            pairs = zip(row["density"], row["recall"], strict=True)
+            cells = [f"{d['mean']:.2f}: {r['mean']:.3f}" for d, r in pairs]
+            lines.append(f"{row['method']:15} {'  '.join(cells)}")
+    return "\n".join(lines)
 
 
 def main(_: Sequence[str]) -> None:
     """Run with the flags' settings, print and save."""
     logging.set_verbosity(logging.WARNING)
     settings = from_flags(Settings)
-    model = load(settings.model)
-    if settings.part == "speed":
-        rows, answers = run_speed(settings, model), []
-    else:
-        rows = [*run_curves(settings, model), *run_refinement(settings, model)]
-        answers = statements.answer(rows, STATEMENTS, len(settings.seeds))
-        print(statements.show(answers))
-    for row in rows:
-        print(row)
-    name = pathlib.Path(settings.model).name.replace("-", "_")
-    path = record.save(
-        f"sparse_prefill_{settings.part}_{name}", rows, config=settings, seeds=settings.seeds,
-        statements=answers,
-    )  # fmt: skip
+    rows = run(settings)
+    answers = statements.answer(rows, STATEMENTS, len(settings.seeds))
+    print(show(rows))
+    print(statements.show(answers))
+    name = f"sparse_prefill_{pathlib.Path(settings.model).name.replace('-', '_')}"
+    path = record.save(name, rows, config=settings, seeds=settings.seeds, statements=answers)
     print("saved", path)
 
 
@@ -348,18 +296,14 @@ def define_flags() -> None:
     """The command's flags."""
     flags.DEFINE_string("model", "smollm2-135m", "The model.")
     flags.DEFINE_string("text", None, "A text file that excerpts are taken from.", required=True)
-    flags.DEFINE_enum("part", "quality", ["quality", "speed"], "What to measure.")
     flags.DEFINE_list("seeds", ["0", "1"], "Excerpts.")
-    flags.DEFINE_integer("tokens", 4096, "Length of an excerpt for quality.", lower_bound=1)
+    flags.DEFINE_integer("tokens", 4096, "Length of an excerpt.", lower_bound=1)
     flags.DEFINE_integer("chunk", 2048, "Chunk size C of dual chunk attention.")
     flags.DEFINE_integer("local", 256, "Local size w; the stride C - w is a multiple of 64.")
     flags.DEFINE_float("threshold", 0.9, "Recall that refinement wants of every head.")
-    flags.DEFINE_integer("step", 128, "What a refinement adds to both budgets.")
-    flags.DEFINE_integer("cap", 1500, "The largest budgets of refinement.")
+    flags.DEFINE_integer("step", 256, "What a refinement adds to both budgets.")
+    flags.DEFINE_integer("cap", 3000, "The largest budgets of refinement.")
     flags.DEFINE_float("scale", 0.125, "Factor on the published candidates, for shorter texts.")
-    flags.DEFINE_list("lengths", ["8192", "16384"], "Lengths for speed.")
-    flags.DEFINE_integer("layers", 2, "How many first layers are timed.")
-    flags.DEFINE_integer("repeats", 2, "Times each is run.")
 
 
 if __name__ == "__main__":

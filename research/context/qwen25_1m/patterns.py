@@ -4,7 +4,7 @@ A pattern is a pytree with a method ``plan``; its numbers are data. All of them 
 ranges and columns, so that they are compared by what they keep and not by how they are run.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ class Run:
         return self.first[:, None] + jnp.arange(self.queries.shape[2], dtype=jnp.int32)[None]
 
 
+@runtime_checkable
 class Pattern(Protocol):
     """Which keys the blocks of a run attend to."""
 
