@@ -65,7 +65,7 @@ def test_equals_the_reference(implementation, name, dtype):
 
 def test_the_reference_is_the_formula():
     q, k, v = tensors(32, 1, 40, 40, 2, 1, 8)
-    slopes, factor, distance, trained = np.array([0.5, 0.1]), 0.7, 6, 8.0
+    slopes, factor, distance, trained = np.array([0.5, 0.1]), 0.7, 6.0, 8.0
     hooks = (
         alibi(jnp.asarray(slopes)), window_decay(factor, distance), temperature(trained),
     )  # fmt: skip
