@@ -35,7 +35,7 @@ from train.task import Context
 class AllSensors(DeepONetTask):
     """Every function by its sensor values."""
 
-    input_basis = None
+    input_basis = None  # pyright: ignore[reportAssignmentType]
 
 
 class Ours:

@@ -2,8 +2,8 @@
 
     python -m experiments.sparse_prefill --text=BOOK.txt
 
-Recall and error of outputs in every head of every layer, over budgets and patterns; then budgets are
-searched and refined. What it costs is in :mod:`experiments.bench_sparse_prefill`. Every seed is
+Recall and error of outputs in every head of every layer, over budgets and patterns; then budgets
+are searched and refined. What it costs is in :mod:`experiments.bench_sparse_prefill`. Every seed is
 another excerpt of the text.
 """
 
