@@ -7,8 +7,8 @@ and questions about them, so that the model retrieves within 256 tokens:
         --tasks=lines-short,lines-short,passkey-short,needle,multi-key --out=runs/records.jsonl
     python -m train --config=configs/records_lm.py --workdir=runs/records_lm
 
-Made for an accelerator: 2,400 updates of 65,536 tokens. On 2 cores take `--config.batch_size=16`,
-about 3 s per update.
+Made for an accelerator: 2,400 updates of 65,536 tokens. They took 3 minutes on an NVIDIA
+H200, evaluations included (0.4887 bits per byte of the mix); not measured on 2 cores.
 """
 
 from configs import base_lm

@@ -106,18 +106,12 @@ GIRAFFE = (
     Statement(
         "read at twice the scale of its training it finds more lines at 8 times the length",
         ("linear 4, tuned", "linear 4, tuned, read at 8"),
-        lambda rows, seed: (
-            value(rows["linear 4, tuned, read at 8"], f"{_LINES}@{2 * FAR}", seed)
-            > value(rows["linear 4, tuned"], f"{_LINES}@{2 * FAR}", seed)
-        ),
+        less("linear 4, tuned", "linear 4, tuned, read at 8", f"{_LINES}@{2 * FAR}"),
     ),
     Statement(
         "and fewer at twice the length",
         ("linear 4, tuned", "linear 4, tuned, read at 8"),
-        lambda rows, seed: (
-            value(rows["linear 4, tuned, read at 8"], f"{_LINES}@{2 * L}", seed)
-            < value(rows["linear 4, tuned"], f"{_LINES}@{2 * L}", seed)
-        ),
+        less("linear 4, tuned, read at 8", "linear 4, tuned", f"{_LINES}@{2 * L}"),
     ),
     Statement(
         "the truncated basis loses less than none beyond the length of its tuning",
@@ -188,18 +182,12 @@ QWEN = (
     Statement(
         "it finds more numbers than a sliding window at 4 times the length",
         ("dual chunk", "window"),
-        lambda rows, seed: (
-            value(rows["dual chunk"], f"{_KEY}@{FAR}", seed)
-            > value(rows["window"], f"{_KEY}@{FAR}", seed)
-        ),
+        less("window", "dual chunk", f"{_KEY}@{FAR}"),
     ),
     Statement(
         "the four synthetic tasks make it find more numbers there than text alone, same tokens",
         ("dual chunk, tuned on text and tasks", "dual chunk, tuned on text"),
-        lambda rows, seed: (
-            value(rows["dual chunk, tuned on text and tasks"], f"{_KEY}@{FAR}", seed)
-            > value(rows["dual chunk, tuned on text"], f"{_KEY}@{FAR}", seed)
-        ),
+        less("dual chunk, tuned on text", "dual chunk, tuned on text and tasks", f"{_KEY}@{FAR}"),
     ),
 )
 STATEMENTS = (*ROPE_SCALING, *GIRAFFE, *CLEX, *QWEN)
