@@ -139,7 +139,8 @@ def run_memory(settings: Settings) -> list[dict[str, Any]]:
             params, cfg, policy, cache, jax.ShapeDtypeStruct((1, piece), jnp.int32), row, row,
             extent=n, outputs=frozenset(), prompt_lengths=row,
         )  # fmt: skip
-        used = lowered.compile().memory_analysis().temp_size_in_bytes
+        memory: Any = lowered.compile().memory_analysis()
+        used = memory.temp_size_in_bytes
         whole = used if whole is None else whole
         rows.append(
             {"kind": "memory", "piece": piece, "prompt": n, "bytes": used, "share": used / whole}
