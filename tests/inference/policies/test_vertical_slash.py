@@ -181,3 +181,8 @@ def test_policies_by_name():
 def test_what_it_is_not_defined_for_is_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_a_prompt_beyond_the_context_is_refused():
+    with pytest.raises(ValueError, match="beyond the context of 100"):
+        engine(policy=sparse(), context_limit=100).generate(prompts(150), 1)

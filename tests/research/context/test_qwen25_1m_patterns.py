@@ -144,6 +144,20 @@ def test_what_is_measured_is_by_layer_and_head():
     np.testing.assert_allclose(layered[1], 1, atol=1e-5)
 
 
+def test_early_queries_do_not_count_if_there_are_later_ones():
+    cfg, tokens = config(num_layers=1), jnp.asarray(prompts(150))
+
+    def recall(settled: int) -> np.ndarray:
+        patterns = {"local": AShape(1, 1, (1, 1))}
+        policy = MeasuringPolicy(DualChunkPolicy(56, 8), patterns, settled=settled)
+        got = jax.jit(measure, static_argnums=1)(weights(cfg), cfg, policy, tokens)
+        return np.asarray(got["local"].recall)
+
+    every, late, beyond = map(recall, (0, 100, 150))
+    np.testing.assert_array_equal(beyond, every)
+    assert np.all(late < every)  # of a longer past, the nearest keys are a smaller part
+
+
 def test_listed_keys_are_ranges_and_columns():
     of, pattern = run(), VerticalSlash(9 * ONES, 120 * ONES, (16, 128))
     keys = np.asarray(jax.jit(lambda p, r: listed_keys(p.plan(r)))(pattern, of))
