@@ -237,29 +237,32 @@ def run_refinement(settings: Settings, model: Model) -> list[dict[str, Any]]:
         {
             "method": "searched",
             "heads": {
-                name: record.sample([w[name] for w in found["searched"]])
+                name: record.sample([float(w[name]) for w in found["searched"]])
                 for name in found["searched"][0]
             },
         }
     ]
     for name in ("refined", "uniform"):
-        rows.append(
-            {
-                "method": name,
-                "budget": record.sample([r.total for r in found[name]]),
-                "passes": record.sample([r.passes for r in found[name]]),
-                "lowest": record.sample([r.recall.min() for r in found[name]]),
-                "mean": record.sample([r.recall.mean() for r in found[name]]),
-                "short": record.sample(
-                    [
-                        np.sum((r.recall < settings.threshold) & (r.vertical < settings.cap))
-                        for r in found[name]
-                    ]
-                ),
-                "at_cap": record.sample([np.sum(r.vertical >= settings.cap) for r in found[name]]),
-            }
-        )
+        rows.append({"method": name} | refinement_row(settings, found[name]))
     return rows
+
+
+def refinement_row(settings: Settings, found: Sequence[budgets.Refined]) -> dict[str, Any]:
+    """What raising budgets came to, by seed; ``short`` counts heads that could have had more."""
+
+    def sample(of: Callable[[budgets.Refined], Any]) -> dict[str, Any]:
+        return record.sample([float(of(one)) for one in found])
+
+    return {
+        "budget": sample(lambda r: r.total),
+        "passes": sample(lambda r: r.passes),
+        "lowest": sample(lambda r: r.recall.min()),
+        "mean": sample(lambda r: r.recall.mean()),
+        "short": sample(
+            lambda r: np.sum((r.recall < settings.threshold) & (r.vertical < settings.cap))
+        ),
+        "at_cap": sample(lambda r: np.sum(r.vertical >= settings.cap)),
+    }
 
 
 def run(settings: Settings) -> list[dict[str, Any]]:

@@ -3,8 +3,9 @@
 A diagonal that the last of m queries meets at slot x passes through the last row of a block that
 ends with row n at x - (m - n), so it covers the 64 slots up to there for the block's 64 rows.
 Overlapping ranges are merged as the serving engine's index kernel does: from one selected diagonal
-to the next that is not covered yet, a range is begun or made 64 slots longer. Its steps are what is
-listed, at most one per 64 slots of a row, and finding the next diagonal is one look into a table.
+to the next that is not covered yet, a range is begun or made 64 slots longer, until one would begin
+after the segment. So there are at most as many steps as 64 slots in a row, and finding the next
+diagonal is one look into a table.
 """
 
 import jax
@@ -55,10 +56,8 @@ def _ranges(
         at = jnp.clip(reached - (shift - 1), 0, s)
         found = jnp.take_along_axis(following, safe * (s + 1) + at, axis=2)
         wanted = jnp.maximum(found + shift, base + BLOCK)
-        begin = jnp.where(wanted > reached + BLOCK, wanted - BLOCK, reached)
-        beyond = (segment < INTRA) & (found + shift > end + BLOCK)
-        real = (found < none) & ~beyond & (begin < end) & (begin <= last[:, None])
-        real &= segment <= INTRA
+        begin = jnp.maximum(wanted - BLOCK, reached)
+        real = (found < none) & (begin < end) & (begin <= last[:, None]) & (segment <= INTRA)
         place = (*lanes, jnp.where(real, count, most))
         starts = starts.at[place].set(begin, mode="drop")
         stops = stops.at[place].set(jnp.minimum(begin + BLOCK, end), mode="drop")

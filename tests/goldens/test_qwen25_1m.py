@@ -60,6 +60,13 @@ def test_relative_positions() -> None:
     np.testing.assert_array_equal(ours, g["rel_pos"])
 
 
+@functools.partial(jax.jit, static_argnames="queries")
+def _converted(selection: Selection, where: Geometry, queries: int) -> jnp.ndarray:
+    """The mask of a selection for a run of queries."""
+    at = where.first[:, None] + jnp.arange(queries)[None]
+    return attended(to_plan(selection, where, queries), at, selection.diagonals.shape[3])
+
+
 @pytest.mark.parametrize("case", range(5))
 def test_index_conversion(case: int) -> None:
     g = qwen_golden("vertical_slash_blocks")
@@ -77,8 +84,7 @@ def test_index_conversion(case: int) -> None:
     diagonals = where.straight[segment, 0] - g[f"c{case}_slash"]
     columns = jnp.sort(jnp.asarray(g[f"c{case}_vertical"] + base))[None, None]
     marked = jnp.zeros((1, 1, 3, s), bool).at[0, 0, segment, diagonals].set(True)
-    plan = to_plan(Selection(columns, marked), where, q_len)
-    mask = attended(plan, first[:, None] + jnp.arange(q_len)[None], s)[0, 0, :, base:end]
+    mask = _converted(Selection(columns, marked), where, q_len)[0, 0, :, base:end]
     np.testing.assert_array_equal(mask, g[f"c{case}_mask"])
 
 
