@@ -5,20 +5,20 @@ indices, block by block, so that no matrix of biases or decays is ever in memory
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Kind = Literal["add", "multiply", "multiply_positive"]
+KINDS = ("add", "multiply", "multiply_positive")
 
 
 class Rule(NamedTuple):
     """The static part of a hook, which is compiled into a kernel."""
 
     value: Callable[..., Any]
-    kind: Kind
+    kind: str
     count: int
 
 
@@ -36,13 +36,13 @@ class LogitHook:
       numbers: float32 [h, n], or [1, n] for all heads alike; data. Whole numbers are exact up to
         2**24.
       value: static, see above.
-      kind: static; "multiply_positive" leaves logits below zero as they are, so that a factor below
-        one never raises a logit.
+      kind: static, one of `KINDS`; "multiply_positive" leaves logits below zero as they are, so
+        that a factor below one never raises a logit.
     """
 
     numbers: Any
     value: Callable[..., Any] = flax.struct.field(pytree_node=False)
-    kind: Kind = flax.struct.field(pytree_node=False, default="add")
+    kind: str = flax.struct.field(pytree_node=False, default="add")
 
     @property
     def rule(self) -> Rule:
@@ -60,10 +60,9 @@ class LogitHook:
             raise ValueError(
                 f"LogitHook.numbers must have shape ({h}, n) or (1, n) for {h} heads; got {shape}"
             )
-        if self.kind not in ("add", "multiply", "multiply_positive"):
+        if self.kind not in KINDS:
             raise ValueError(
-                f"unknown kind of logit hook {self.kind!r}; name one of add, multiply, "
-                "multiply_positive"
+                f"unknown kind of logit hook {self.kind!r}; name one of {', '.join(KINDS)}"
             )
 
 

@@ -57,7 +57,7 @@ def compile_sparse(
 
 
 def shown(name: str, compiled: Any, times: int = 1) -> dict[str, float]:
-    """The compiler's figures, printed; flops and bytes times the launches, whose loop it ignores."""
+    """The compiler's figures, printed; it counts the body of a loop of launches once."""
     seen = figures(compiled)
     seen["flops"] *= times
     seen["bytes_accessed"] *= times

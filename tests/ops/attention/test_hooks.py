@@ -65,7 +65,7 @@ def test_equals_the_reference(implementation, name, dtype):
 
 def test_the_reference_is_the_formula():
     q, k, v = tensors(32, 1, 40, 40, 2, 1, 8)
-    slopes, factor, distance, trained = np.array([0.5, 0.1]), 0.7, 6, 8.0
+    slopes, factor, distance, trained = np.array([0.5, 0.1]), 0.7, 6.0, 8.0
     hooks = (
         alibi(jnp.asarray(slopes)), window_decay(factor, distance), temperature(trained),
     )  # fmt: skip
@@ -120,6 +120,6 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"must have shape \(4, n\) or \(1, n\)"):
         attention(q, k, v, hooks=(alibi(jnp.ones(3)),))
     with pytest.raises(ValueError, match="unknown kind of logit hook 'divide'"):
-        attention(q, k, v, hooks=(LogitHook(jnp.ones((1, 1)), jnp.add, "divide"),))  # pyright: ignore
+        attention(q, k, v, hooks=(LogitHook(jnp.ones((1, 1)), jnp.add, "divide"),))
     with pytest.raises(ValueError, match=r"4 queries and 9 slots need mask\.q_positions"):
         attention(q, k, v, hooks=(alibi(jnp.ones(4)),))
