@@ -33,7 +33,8 @@ def attend_kernel(
       ValueError: a stride that is not a multiple of 128.
     """
     scale = jnp.asarray(scale, jnp.float32)
-    out, lse = _attend(stride, interpret, q, k, v, q_positions, lengths, scale)
+    result: Any = _attend(stride, interpret, q, k, v, q_positions, lengths, scale)
+    out, lse = result
     return out.astype(v.dtype), lse
 
 

@@ -89,6 +89,15 @@ def test_dense_and_sparse_prefill_of_a_7b_model(name):
         assert sparse["bytes_accessed"] < dense["bytes_accessed"]
 
 
+def test_long_lists_of_a_7b_model_move_more_than_dense():
+    """What bounds useful budgets: a range serves 64 queries, a block of the dense kernel 512."""
+    program = compile_sparse("v5p", PIECE, LENGTHS["1M"], ranges=6 * RANGES)
+    launches = launches_of(1, HEADS, PIECE // 64, COLUMNS, 2 * WIDTH * 2, GATHERED_BYTES)
+    sparse = shown("sparse 1M, long lists", program, launches)
+    assert sparse["flops"] < 0.5 * 4 * HEADS * PIECE * LENGTHS["1M"] * WIDTH
+    assert sparse["bytes_accessed"] > 4 * HEADS * (PIECE // 512) * LENGTHS["1M"] * WIDTH
+
+
 @pytest.mark.parametrize("chip", CHIPS)
 def test_longest_lists_fit(chip):
     """As many ranges as a text of 1M tokens can have: their scalars fit beside one another."""
