@@ -98,9 +98,9 @@ def _attend(stride, gathered_bytes, interpret, q, k, v, q_positions, plan, scale
 
     def launch(i):
         queries = cut(q, 2, i, span * BLOCK).transpose(0, 1, 3, 2, 4)
-        sides = [cut(x, 1, i, span * BLOCK) for x in (q_positions, chunks)]
+        at, chunk = (cut(x, 1, i, span * BLOCK) for x in (q_positions, chunks))
         part = jax.tree.map(lambda x: cut(x, 2, i, span), plan)
-        return _launch(queries, k, v, *sides, part, scale, stride, interpret)
+        return _launch(queries, k, v, at, chunk, part, scale, stride, interpret)
 
     if launches == 1:
         out, lse = launch(0)
