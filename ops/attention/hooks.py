@@ -36,8 +36,8 @@ class LogitHook:
       numbers: float32 [h, n], or [1, n] for all heads alike; data. Whole numbers are exact up to
         2**24.
       value: static, see above.
-      kind: static; "multiply_positive" leaves logits below zero as they are, so that a factor below
-        one never raises a logit.
+      kind: static, one of `KINDS`; "multiply_positive" leaves logits below zero as they are, so
+        that a factor below one never raises a logit.
     """
 
     numbers: Any

@@ -65,7 +65,8 @@ def attend_plan(
     """
     plan.validate(q.shape[1], q.shape[2], q.shape[3])
     scale = jnp.asarray(scale, jnp.float32)
-    return _attend(stride, gathered_bytes, interpret, q, k, v, q_positions, plan, scale)
+    result: Any = _attend(stride, gathered_bytes, interpret, q, k, v, q_positions, plan, scale)
+    return result
 
 
 def launches_of(b: int, h: int, n: int, columns: int, each: int, most: int) -> int:
@@ -110,7 +111,7 @@ def _attend(stride, gathered_bytes, interpret, q, k, v, q_positions, plan, scale
     return out[:, :, :t].transpose(0, 2, 1, 3), lse[:, :, :t].transpose(0, 2, 1)
 
 
-def _forward(*args):
+def _forward(*_: Any):
     raise ValueError(
         "the block-sparse kernel has no gradient: differentiate implementation='xla' or dense "
         "dual chunk attention"

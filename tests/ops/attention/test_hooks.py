@@ -120,6 +120,6 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"must have shape \(4, n\) or \(1, n\)"):
         attention(q, k, v, hooks=(alibi(jnp.ones(3)),))
     with pytest.raises(ValueError, match="unknown kind of logit hook 'divide'"):
-        attention(q, k, v, hooks=(LogitHook(jnp.ones((1, 1)), jnp.add, "divide"),))  # pyright: ignore
+        attention(q, k, v, hooks=(LogitHook(jnp.ones((1, 1)), jnp.add, "divide"),))
     with pytest.raises(ValueError, match=r"4 queries and 9 slots need mask\.q_positions"):
         attention(q, k, v, hooks=(alibi(jnp.ones(4)),))
