@@ -18,7 +18,7 @@ RIVALS = ("learned", "sinusoidal")
 
 
 def get_config(variant: str = "seqpe") -> Config:
-    """4 layers of width 64; grids of up to 100 by 100 patches; the learning rate is not tuned."""
+    """3 layers of width 64; grids of up to 100 by 100 patches; the learning rate is not tuned."""
     if variant not in (*WITHOUT, *RIVALS):
         raise ValueError(f"unknown variant {variant!r}: {', '.join((*WITHOUT, *RIVALS))}.")
     config = defaults.training()
@@ -34,7 +34,7 @@ def get_config(variant: str = "seqpe") -> Config:
                 "channels": 1,
                 "classes": 9,
                 "hidden_size": 64,
-                "num_layers": 4,
+                "num_layers": 3,
                 "num_heads": 4,
                 "position": variant if variant in RIVALS else "none",
             },

@@ -9,10 +9,10 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Float, Int
 
 from models import vit
-from models.attention import AttentionPolicy
 from models.params import cast
 from train.data.epochs import Epochs
 from train.data.images import Images, load_images
@@ -20,12 +20,12 @@ from train.step import DTYPES
 from train.task import BaseTask, Context
 
 
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Told:
     """How positions are told beside the model's own: see :func:`models.vit.forward`."""
 
-    policy: AttentionPolicy | None = None
-    added: Any = None
+    policy: Any = None  # an AttentionPolicy
+    added: Any = None  # (1 or b, tokens, width)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import seqpe as seqpe_config
+from configs import seqpe_vit
+from configs.seqpe import WITHOUT
 from inference.drafter import NoDrafter
 from inference.drafters.lookup import LookupDrafter
 from inference.policies.positions_file import write_positions
@@ -31,7 +34,7 @@ from tests.research.context.fine_tuning import (
     settings,
 )
 from train import loop
-from train.config import TrainConfig, build
+from train.config import TrainConfig, build, build_task
 from train.export import Options, export_run
 from train.metrics import read_metrics
 
@@ -155,6 +158,19 @@ def test_the_encoder_is_a_group_of_its_own(config):
 def test_settings_that_do_not_fit_are_refused(config, fields: dict, message: str):
     with pytest.raises(ValueError, match=message):
         prepared(config, NAME, **fields)
+
+
+@pytest.mark.parametrize("module", [seqpe_config, seqpe_vit])
+def test_every_variant_of_the_configs_resolves(module):
+    for variant in (*WITHOUT, *module.RIVALS):
+        task = build_task(build(TrainConfig, module.get_config(variant).to_dict()))
+        assert hasattr(task, "regulariser") == (variant in WITHOUT)
+        assert task.model.position == (variant if variant in module.RIVALS else "none")
+    for variant, lost in WITHOUT.items():
+        weights = module.get_config(variant).task.regulariser.weights
+        assert {n for n in ("contrastive", "transfer") if weights[n] == 0} == set(lost)
+    with pytest.raises(ValueError, match="unknown variant 'rope2': seqpe, no_contrastive"):
+        module.get_config("rope2")
 
 
 def test_windows_and_pivots_must_divide(config, prepared_task):
