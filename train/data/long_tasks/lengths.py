@@ -16,6 +16,8 @@ TOLERANCE = 2
 """Tokens that a prompt may lack where no filler of exactly the right size exists."""
 
 _ENDINGS = (".\n", "\n", ".\n\n", " -\n", " ...\n", " a\n", "!\n", " *\n", ".\n-\n", " so, on.\n")
+_DOTS = tuple("." * count + "\n" for count in range(2, 12))
+"""Tried last: with a token per character they are of any length up to that of the next word."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +110,9 @@ def _filler(count: Callable[[str], int], tokens: int) -> str:
         return ""
     words = _largest(lambda n: count(_words(n)) <= tokens, 0, min(gap, _MOST_FILLER))
     best, best_count = "", tokens - gap
-    for fewer, ending in itertools.product(range(4), _ENDINGS):
+    for fewer, ending in (*itertools.product(range(4), _ENDINGS), *((0, x) for x in _DOTS)):
         if fewer > words:
-            break
+            continue
         text = _words(words - fewer, ending)
         size = count(text)
         if best_count < size <= tokens:

@@ -114,3 +114,28 @@ def test_bad_requests_are_refused():
         make_examples("lines", tokenizer(), 20, [None], 0, materials())
     with pytest.raises(ValueError, match="source has"):
         make_examples("passkey", Words(), 400_000, [None], 0, materials())
+
+
+class Letters:
+    """The plainest tokenizer: a token per character, and one before the first."""
+
+    def encode(self, text: str) -> list[int]:
+        return [0, *map(ord, text)]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_any_tokenizer_does(task):
+    """Lengths are those of the tokenizer that is given, and so is the evidence's place."""
+    tokens = 700 if task in ("common-words", "free-form-qa", "altered-qa") else 1500
+    (example,) = make_examples(task, Letters(), tokens, [0.5], 0, materials(task))
+    assert len(example.prompt) + 1 == example.prompt_tokens == tokens
+    assert score(example, read(example)) == 1
+    if TASKS[task].by_depth and task != "infilling":
+        shown = str(example.fields.get("value", example.answers[0]))
+        assert shown in example.prompt[(example.answer_token or 0) - 1 :]
+
+
+@pytest.mark.parametrize("tokens", range(301, 325))
+def test_every_length_is_exact_with_a_token_per_character(tokens):
+    (example,) = make_examples("variables", Letters(), tokens + 200, [0.5], 0, materials())
+    assert example.prompt_tokens == tokens + 200
