@@ -225,6 +225,8 @@ def define_flags() -> None:
     flags.DEFINE_string("folder", "runs/context", "Where trainings and rows are kept.")
     flags.DEFINE_list("methods", list(METHODS), f"What to train, with {', '.join(CONFIGS)}.")
     flags.DEFINE_list("rates", ["2e-4", "5e-4", "1e-3"], "Learning rates to choose from.")
+    flags.DEFINE_integer("updates", 300, "Updates of every training.", lower_bound=1)
+    flags.DEFINE_integer("update_tokens", 16384, "Tokens of an update.", lower_bound=1)
     flags.DEFINE_integer("choose_length", 1024, "Length of the text that chooses.")
     flags.DEFINE_list("lengths", ["256", "512", "1024", "2048", "4096"], "Tokens of texts.")
     flags.DEFINE_list("tasks", ["lines-short", "passkey-short"], "Tasks to answer.")

@@ -1,6 +1,7 @@
 """What is trained for longer contexts from one base model: by which config, and how it is read."""
 
 import dataclasses
+import importlib
 import pathlib
 import sys
 from collections.abc import Mapping
@@ -38,7 +39,6 @@ def _at_256(policies: Mapping[str, str], **changes: Any) -> Method:
         "task.sequence_length": 256,
         "task.corpus": "text:runs/records.jsonl",
         "task.basis.scale": 1.0,
-        "batch_size": 64,
     }
     return Method("giraffe", short | changes, policies)
 
@@ -98,6 +98,8 @@ class Settings:
     folder: str
     methods: tuple[str, ...]
     rates: tuple[str, ...]
+    updates: int
+    update_tokens: int
     choose_length: int
     lengths: tuple[int, ...]
     tasks: tuple[str, ...]
@@ -115,12 +117,14 @@ class Settings:
         """The same with lengths as sorted numbers.
 
         Raises:
-            ValueError: an unknown method, no rate, or no seed.
+            ValueError: an unknown method, no rate or seed, or updates of less than a row.
         """
         if unknown := set(self.methods) - METHODS.keys():
             raise ValueError(f"unknown method {min(unknown)!r}: choose of {', '.join(METHODS)}.")
         if not self.rates or not self.seeds:
             raise ValueError("give at least one rate and one seed.")
+        if self.update_tokens < (most := max(row_length(METHODS[m]) for m in self.methods)):
+            raise ValueError(f"an update needs at least a row: --update_tokens={most}.")
         lengths = tuple(sorted({int(length) for length in self.lengths}))
         return dataclasses.replace(self, lengths=lengths)
 
@@ -128,6 +132,12 @@ class Settings:
 def export_folder(settings: Settings, method: str, rate: str, seed: int) -> pathlib.Path:
     """Where the exported model of a training stands, beside its run."""
     return pathlib.Path(settings.folder) / method / rate / str(seed) / "export"
+
+
+def row_length(method: Method) -> int:
+    """Tokens of a row of its batches."""
+    known = importlib.import_module(f"configs.{method.config}").get_config().task.sequence_length
+    return method.changes.get("task.sequence_length", known)
 
 
 def command(settings: Settings, method: str, rate: str, seed: int) -> list[str]:
@@ -139,6 +149,11 @@ def command(settings: Settings, method: str, rate: str, seed: int) -> list[str]:
         "optimizer.learning_rate": float(rate),
         **dict.fromkeys(chosen.follows, float(rate)),
         **chosen.changes,
+        "steps": settings.updates,
+        "batch_size": settings.update_tokens // row_length(chosen),
+        "optimizer.warmup_steps": min(20, settings.updates // 10),
+        "evaluate_every": settings.updates,
+        "checkpoint_every": settings.updates,
     }
     return [
         sys.executable, "-m", "train", f"--config=configs/{chosen.config}.py",

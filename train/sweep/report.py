@@ -82,13 +82,13 @@ def write_report(sweep: Sweep, trials: Sequence[FrozenTrial], folder: pathlib.Pa
     csv.writer(buffer, lineterminator="\n").writerows([header, *lines])
     write_text(folder / "table.csv", buffer.getvalue())
     with plt.rc_context({"svg.hashsalt": "longreach", "svg.fonttype": "none", "font.size": 9}):
-        figure = _draw(sweep, trials)
+        figure = draw(sweep, trials)
         figure.savefig(folder / "plot.svg", metadata={"Date": None})
         plt.close(figure)
     return text
 
 
-def _draw(sweep: Sweep, trials: Sequence[FrozenTrial]) -> Any:
+def draw(sweep: Sweep, trials: Sequence[FrozenTrial]) -> Any:
     """Left: every run's metric by evaluation. Right: the last metric against each varied key."""
     keys = [k for k in _varied(trials) if k != REPEATS][:MAX_PANELS] or [REPEATS]
     figure, axes = plt.subplots(1, 1 + len(keys), figsize=(4.2 + 2.8 * len(keys), 3.4))
