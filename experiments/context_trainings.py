@@ -152,7 +152,7 @@ def command(settings: Settings, method: str, rate: str, seed: int) -> list[str]:
         "steps": settings.updates,
         "batch_size": settings.update_tokens // row_length(chosen),
         "optimizer.warmup_steps": min(20, settings.updates // 10),
-        "evaluate_every": settings.updates,
+        "evaluate_every": 0,
         "checkpoint_every": settings.updates,
     }
     return [
