@@ -142,8 +142,11 @@ def generate(
     temperature: float,
     seed: int,
 ) -> Generation:
-    """All prompts as one batch; the texts do not depend on that."""
-    engine = make_engine(model.params, model.cfg, drafter=drafter, drafter_params=params)
+    """All prompts as one batch; the texts do not depend on that.
+
+    Every pass has the drafter's full width, so that texts compare bit for bit.
+    """
+    engine = make_engine(model.params, model.cfg, drafter=drafter, drafter_params=params, widths=())
     seeds = [1000 * seed + i for i in range(len(prompts))]
     return engine.generate(
         prompts,

@@ -77,9 +77,10 @@ class TargetOutputs:
 class Drafter(Protocol):
     """How tokens are proposed. ``needs`` is a subset of the fields of :class:`TargetOutputs`.
 
-    Two attributes are optional. ``prompt_needs`` is what ``init`` reads, where that is less than
+    Three attributes are optional. ``prompt_needs`` is what ``init`` reads, where that is less than
     ``needs`` (logits of a whole prompt are large). ``shared_state = True`` declares that the state
     belongs to all rows together and may be carried into the next call as ``Request.memory``.
+    ``widths`` are narrower passes that its drafts often fit (:mod:`inference.widths`).
     """
 
     @property
@@ -146,6 +147,11 @@ def prompt_needs(drafter: Drafter) -> frozenset[str]:
 def shares_state(drafter: Drafter) -> bool:
     """Whether the drafter's state belongs to all rows together and outlives a call."""
     return getattr(drafter, "shared_state", False)
+
+
+def narrower_widths(drafter: Drafter) -> tuple[int, ...]:
+    """The passes narrower than its own that a drafter's drafts often fit."""
+    return tuple(getattr(drafter, "widths", ()))
 
 
 def static_draft(

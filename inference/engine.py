@@ -20,6 +20,7 @@ from inference.drafter import (
     Request,
     Target,
     TargetOutputs,
+    narrower_widths,
     prompt_needs,
     shares_state,
 )
@@ -61,6 +62,8 @@ class Engine:
         cfg: the model's config.
         drafter, drafter_params: how tokens are proposed; default: not at all.
         policy: attention policy; default dense with the config's windows.
+        widths: passes narrower than the drafter's, for drafts that do not fill it; default: those
+            that the drafter asks for. Each is one more copy of the layers to compile.
         rule: verification rule in place of the drafter's own (``typical`` is lossy).
         prefill_size: tokens per prefill chunk.
         context_limit: longest text; default the config's ``max_length``. A policy that has a
@@ -72,6 +75,7 @@ class Engine:
     drafter: Drafter = NoDrafter()
     drafter_params: Any = None
     policy: Any = None
+    widths: tuple[int, ...] | None = None
     rule: str | None = None
     prefill_size: int = 512
     context_limit: int | None = None
@@ -212,6 +216,7 @@ class Engine:
                 max_rounds,
                 extent=self._extent(needed, state.cache.capacity),
                 rule=rule,
+                widths=narrower_widths(self.drafter) if self.widths is None else self.widths,
             )
             if after_call is not None:
                 after_call(state)

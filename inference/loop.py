@@ -8,20 +8,22 @@ outgrows the bucket, when all rows are done, or after ``max_rounds`` rounds.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from inference.cache import Cache
 from inference.drafter import Context, Draft, Target, TargetOutputs
+from inference.widths import check_widths, narrow, needed, run_one, widen
 from models import decoder
 from models.attention import Step
 from ops.sampling import SamplingParams
-from ops.verify import emitted_tokens, verify
+from ops.verify import Verdict, emitted_tokens, verify
 
 
 @struct.dataclass
@@ -131,7 +133,7 @@ def _select(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("cfg", "drafter", "extent", "rule"),
+    static_argnames=("cfg", "drafter", "extent", "rule", "widths"),
     donate_argnames=("state",),
 )
 def decode_rounds(
@@ -147,6 +149,7 @@ def decode_rounds(
     max_rounds: Int[Array, ""],
     extent: int,
     rule: str | None = None,
+    widths: tuple[int, ...] = (),
 ) -> State:
     """Rounds until every row is done, ``max_rounds`` have run, or ``extent`` is outgrown.
 
@@ -156,6 +159,7 @@ def decode_rounds(
         extent: slots that attention reads; a round needs ``drafter.width`` free ones in it.
         rule: verification rule in place of the draft's own: ``greedy`` when it is known that no
             row samples, ``typical`` (lossy).
+        widths: of passes that may be narrower than the drafter's.
     """
 
     def more(carry: tuple[State, Array]) -> Array:
@@ -166,8 +170,9 @@ def decode_rounds(
     def one(carry: tuple[State, Array]) -> tuple[State, Array]:
         state, rounds = carry
         new = decode_round(
-            params, cfg, policy, drafter, drafter_params, state, seeds, sampling, eos, extent, rule
-        )
+            params, cfg, policy, drafter, drafter_params, state, seeds, sampling, eos, extent, rule,
+            widths,
+        )  # fmt: skip
         return new, rounds + 1
 
     return jax.lax.while_loop(more, one, (state, jnp.zeros((), jnp.int32)))[0]
@@ -185,38 +190,84 @@ def decode_round(
     eos: Int[Array, " e"],
     extent: int | None,
     rule: str | None,
+    widths: tuple[int, ...] = (),
 ) -> State:
-    """One round: draft, one target pass, verify, commit, observe."""
+    """One round: draft, one target pass, verify, commit, observe.
+
+    The pass has the first of ``widths`` that holds the draft; see :mod:`inference.widths`.
+    """
     draft, drafter_state, cache = propose(
         params, cfg, drafter, drafter_params, state, seeds, sampling, extent
     )
-    cache, out = score_draft(params, cfg, policy, cache, draft, state.limit, extent, drafter.needs)
+    state = dataclasses.replace(state, drafter=drafter_state, cache=cache)
+    sizes = check_widths(widths, draft.tokens.shape[1])
+
+    def at_width(width: int) -> Callable[[State], State]:
+        def run(state: State) -> State:
+            scored = narrow(draft, width)
+            logits, outputs, cache = _score(
+                params, cfg, policy, state, scored, extent, drafter.needs
+            )
+            verdict = verify(
+                rule or draft.mode,
+                tokens=scored.tokens,
+                parent=scored.parent,
+                valid=scored.valid,
+                target_logits=logits,
+                params=sampling,
+                seeds=seeds,
+                index=state.length,
+                draft_probs=scored.probs if rule in (None, draft.mode) else None,
+                max_depth=scored.max_depth,
+            )
+            state = dataclasses.replace(state, cache=cache)
+            return _commit(drafter, drafter_params, state, draft, verdict, outputs, eos)
+
+        return run
+
+    index = jnp.searchsorted(jnp.asarray(sizes), needed(draft, state.done))
+    return run_one(index, [at_width(width) for width in sizes], state)
+
+
+def _score(
+    params: Any,
+    cfg: decoder.Config,
+    policy: Any,
+    state: State,
+    draft: Draft,
+    extent: int | None,
+    needs: frozenset[str],
+) -> tuple[Float[Array, "b n v"], TargetOutputs, Cache]:
+    """Logits of a draft's nodes, what the drafter needs of the pass, and the cache after it."""
+    cache, out = score_draft(params, cfg, policy, state.cache, draft, state.limit, extent, needs)
     logits = decoder.unembed(params, cfg, out.hidden)
-    verdict = verify(
-        rule or draft.mode,
-        tokens=draft.tokens,
-        parent=draft.parent,
-        valid=draft.valid,
-        target_logits=logits,
-        params=sampling,
-        seeds=seeds,
-        index=state.length,
-        draft_probs=draft.probs if rule in (None, draft.mode) else None,
-        max_depth=draft.max_depth,
-    )
-    text = emitted_tokens(draft.tokens, verdict)
+    outputs = _select(params, cfg, out, draft.tokens, needs - {"logits"})
+    return logits, dataclasses.replace(outputs, logits=logits if "logits" in needs else None), cache
+
+
+def _commit(
+    drafter: Any,
+    drafter_params: Any,
+    state: State,
+    draft: Draft,
+    verdict: Verdict,
+    outputs: TargetOutputs,
+    eos: Int[Array, " e"],
+) -> State:
+    """Add what was accepted to the text and the cache, and let the drafter learn from it."""
+    nodes = draft.tokens.shape[1]
+    depth = nodes if draft.max_depth is None else min(draft.max_depth + 1, nodes)
+    path = _fill(verdict.path, depth)
+    text = emitted_tokens(draft.tokens, dataclasses.replace(verdict, path=path))
     n_emit, ended = _kept(text, verdict.num_accepted, state, eos)
     tokens = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))(
         state.tokens, text, state.length
     )
     length = state.length + n_emit
-    cache = cache.commit(None if draft.is_chain else verdict.path, n_emit)
-    needs = drafter.needs
-    outputs = _select(params, cfg, out, draft.tokens, needs - {"logits"})
-    outputs = dataclasses.replace(outputs, logits=logits if "logits" in needs else None)
+    cache = state.cache.commit(None if draft.is_chain else verdict.path, n_emit)
     root = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
     drafter_state = drafter.observe(
-        drafter_params, drafter_state, draft, outputs, verdict.path, n_emit, root
+        drafter_params, state.drafter, draft, widen(outputs, nodes), path, n_emit, root
     )
     return dataclasses.replace(
         state,
@@ -227,6 +278,11 @@ def decode_round(
         drafter=drafter_state,
         stats=_count(state, draft, verdict.num_accepted, n_emit),
     )
+
+
+def _fill(path: Int[Array, "b d"], width: int) -> Int[Array, "b w"]:
+    """A path padded with -1."""
+    return jnp.pad(path, ((0, 0), (0, width - path.shape[1])), constant_values=-1)
 
 
 def propose(

@@ -31,6 +31,7 @@ class LookupDrafter(Stateless):
     length: int = 10
     ngrams: tuple[int, ...] = (3, 2)
     needs: frozenset[str] = frozenset()
+    widths: tuple[int, ...] = (1,)  # without a match the pass is that of plain decoding
 
     def __post_init__(self):
         if self.length < 1 or not self.ngrams or min(self.ngrams) < 1:

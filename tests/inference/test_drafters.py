@@ -76,7 +76,7 @@ def plain() -> list[list[int]]:
 @pytest.mark.parametrize("name", CASES)
 def test_greedy_text_is_that_of_plain_decoding_at_the_same_width(name, plain):
     drafter, params = CASES[name]
-    got = engine(drafter=drafter, drafter_params=params).generate(prompts(), NEW)
+    got = engine(drafter=drafter, drafter_params=params, widths=()).generate(prompts(), NEW)
     same_width = engine(drafter=NoDrafter(drafter.width)).generate(prompts(), NEW)
     assert got.tokens == same_width.tokens
     for prompt, new in zip(prompts(), got.tokens, strict=True):
