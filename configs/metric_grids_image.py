@@ -3,6 +3,9 @@ r"""MetricGrids on an image, the whole image in every step.
     python -m train --config=configs/metric_grids_image.py --workdir=runs/image \
         --config.task.image=FILE.png
 
+Minutes on 2 cores: about 1 for a crop of 128 x 128. Expected: `psnr` 40 dB on the part of
+scikit-image's astronaut with the face (rows 0 to 127, columns 150 to 277).
+
 `--config=configs/metric_grids_image.py:official` has the setting of the 24 Kodak images (512 x 768,
 20,000 steps, for an accelerator), `:ngp` is instant-ngp in the small setting.
 """

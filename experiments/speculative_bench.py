@@ -1,0 +1,330 @@
+"""All drafters on the same prompts by category: tokens per pass, cost, seconds, and rivals.
+
+    python -m experiments.speculative_bench --model=python-5m --drafters=none,lookup,recycling
+    python -m experiments.speculative_bench --model=smollm2-135m --chat --peers \\
+        --prompts=chat=FILE.jsonl:turns,math=FILE.jsonl:question,code=FILE.jsonl.gz:prompt
+
+A category is ``NAME=SOURCE`` with a source of :mod:`train.data.prompts`, or ``NAME=raw:SOURCE`` for
+lines that are to be continued rather than answered. ``tuned`` is prompt lookup with the length that
+the machine's costs ask for (:mod:`inference.tuning`). Every drafter decodes every prompt; sides are
+timed in turn, and a row's samples are the repeats. ``--peers`` adds prompt lookup and assisted
+generation of ``transformers`` on the same weights and prompts (needs the extra ``[bench]``).
+"""
+
+import dataclasses
+import os
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+
+from experiments import measure, record, statements
+from experiments.settings import from_flags
+from experiments.speculative_peers import Peers
+from experiments.statements import Statement, value
+from inference.drafter import NoDrafter
+from inference.drafters.registry import make_drafter
+from inference.engine import Engine, make_engine
+from inference.tuning import WIDTHS, pass_seconds, tuned_lookup
+from models.load import Model, load
+from ops.sampling import SamplingParams
+from train.data.prompts import load_prompts
+
+RATIOS = (1.0, 1.25, 1.5, 2.0)
+"""Costs of a pass over a draft, in passes over one token, for which a speedup is modelled."""
+AVERAGED = ("chat", "code", "math")
+"""Categories of which the mean speedup is asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is compared, and on what; see the flags."""
+
+    model: str
+    drafters: tuple[str, ...]
+    prompts: tuple[str, ...]
+    chat: bool
+    count: int
+    prompt_tokens: int
+    new_tokens: int
+    temperatures: tuple[str, ...]
+    batches: tuple[str, ...]
+    repeats: int
+    seeds: tuple[int, ...]
+    peers: bool
+    assistant: str
+
+
+def categories(settings: Settings, model: Model, split: Any) -> dict[str, list[list[int]]]:
+    """The prompts of every category.
+
+    Raises:
+        ValueError: an entry that is not ``NAME=SOURCE``, or see
+            :func:`train.data.prompts.load_prompts`.
+    """
+    found = {}
+    for entry in settings.prompts:
+        name, equals, source = entry.partition("=")
+        if not equals or not source:
+            raise ValueError(f"--prompts: {entry!r} is not NAME=SOURCE.")
+        chat = settings.chat and not source.startswith("raw:")
+        found[name] = load_prompts(
+            [source.removeprefix("raw:")], split, model.tokenizer, settings.count,
+            settings.prompt_tokens, seed=settings.seeds[0], chat=chat,
+        )  # fmt: skip
+    return found
+
+
+def make_sides(
+    settings: Settings, model: Model, seconds: dict[int, float]
+) -> dict[str, tuple[Any, Any]]:
+    """Every drafter by name, with its params; plain decoding first."""
+    sides: dict[str, tuple[Any, Any]] = {"none": (NoDrafter(), None)}
+    for name in settings.drafters:
+        if name == "tuned":
+            prompts = [p for ps in categories(settings, model, "train").values() for p in ps[:4]]
+            sides[name] = tuned_lookup(model, prompts, seconds), None
+        else:
+            sides[name] = make_drafter(name, model)
+    return sides
+
+
+def timed(engine: Engine, prompt: Sequence[int], new: int, sampling: Any, eos: Any) -> tuple:
+    """Seconds of decoding one prompt (prefill not counted) and the loop's last state."""
+    state, seeds = engine.start([prompt], new, sampling)
+    jax.block_until_ready(state)
+    start = time.perf_counter()
+    state = jax.block_until_ready(engine.run(state, seeds, sampling, eos))
+    return time.perf_counter() - start, state
+
+
+def decode_category(
+    settings: Settings,
+    model: Model,
+    engines: dict[str, Engine],
+    prompts: Sequence[Sequence[int]],
+    temperature: float,
+    peers: Peers | None,
+) -> dict[str, dict[str, Any]]:
+    """Tokens per second of every side at batch 1, in turn, and the counters of ours."""
+    sampling, eos = SamplingParams.make(temperature), model.tokenizer.end_ids
+    names = [*engines, *(peers.sides if peers is not None and temperature == 0 else ())]
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    rows: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for repeat in range(settings.repeats + 1):  # the first time is the compiler's
+        for name in names if repeat % 2 else reversed(names):
+            seconds, tokens, states = 0.0, 0, []
+            for prompt in prompts:
+                if name in engines:
+                    taken, state = timed(engines[name], prompt, settings.new_tokens, sampling, eos)
+                    states.append(state)
+                    made = int(state.stats.emitted[0])
+                else:
+                    assert peers is not None
+                    taken, made = peers.decode(name, prompt, settings.new_tokens)
+                seconds, tokens = seconds + taken, tokens + made
+            rates[name] += [tokens / seconds] if repeat else []
+            if states and not repeat:
+                rows[name] = counters(states) | {"state_bytes": state_bytes(states[0])}
+    for name in names:
+        rows[name]["tokens_per_second"] = record.sample(rates[name])
+        rows[name]["speedup"] = record.sample(
+            [a / b for a, b in zip(rates[name], rates["none"], strict=True)]
+        )
+    return rows
+
+
+def counters(states: Sequence[Any]) -> dict[str, Any]:
+    """Tokens per pass and acceptance by position over some prompts."""
+    stats = [jax.tree.map(np.asarray, state.stats) for state in states]
+    rounds, emitted = (sum(int(getattr(s, n)[0]) for s in stats) for n in ("rounds", "emitted"))
+    return {
+        "tokens_per_pass": emitted / rounds,
+        "drafted_per_emitted": sum(int(s.drafted[0]) for s in stats) / emitted,
+        "by_depth": (np.sum([s.by_depth[0] for s in stats], axis=0) / rounds).tolist(),
+    }
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes that a drafter remembers for one row."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(state.drafter))
+
+
+def batched(
+    settings: Settings, model: Model, engines: dict[str, Engine], prompts: Sequence[Any]
+) -> list[dict[str, Any]]:
+    """Rows of greedy tokens per second against the batch, prefill not counted."""
+    greedy, eos = SamplingParams.make(), model.tokenizer.end_ids
+    rows = []
+    for batch in map(int, settings.batches):
+        given = [prompts[i % len(prompts)] for i in range(batch)]
+        rates: dict[str, list[float]] = {name: [] for name in engines}
+        for repeat in range(settings.repeats + 1):
+            for name, engine in engines.items():
+                state, seeds = engine.start(given, settings.new_tokens, greedy)
+                jax.block_until_ready(state)
+                start = time.perf_counter()
+                state = jax.block_until_ready(engine.run(state, seeds, greedy, eos))
+                seconds = time.perf_counter() - start
+                rates[name] += [int(np.sum(state.stats.emitted)) / seconds] if repeat else []
+        rows += [
+            {
+                "kind": "batch", "drafter": name, "batch": batch,
+                "tokens_per_second": record.sample(rates[name]),
+                "speedup": record.sample(
+                    [a / b for a, b in zip(rates[name], rates["none"], strict=True)]
+                ),
+            }
+            for name in engines
+        ]  # fmt: skip
+    return rows
+
+
+def run(settings: Settings) -> list[dict[str, Any]]:
+    """Rows of costs, of every side, category and temperature, of batches, and a mean per side.
+
+    Raises:
+        ValueError, FileNotFoundError: an unknown drafter or model, too few prompts, or
+            ``transformers`` asked for and not installed.
+    """
+    model = load(settings.model)
+    prompts = categories(settings, model, "test")
+    peers = Peers(model, settings.assistant) if settings.peers else None
+    seconds = pass_seconds(model, WIDTHS)
+    rows: list[dict[str, Any]] = [
+        {"kind": "cost", "width": w, "seconds": seconds[w], "ratio": seconds[w] / seconds[1]}
+        for w in WIDTHS
+    ]
+    sides = make_sides(settings, model, seconds)
+    engines = {
+        name: make_engine(model.params, model.cfg, drafter=drafter, drafter_params=params)
+        for name, (drafter, params) in sides.items()
+    }
+    for category, given in prompts.items():
+        for temperature in map(float, settings.temperatures):
+            print(f"{category}, temperature {temperature:g}", flush=True)
+            load_before = os.getloadavg()
+            found = decode_category(settings, model, engines, given, temperature, peers)
+            for name, row in found.items():
+                rows.append(
+                    {"kind": "side", "drafter": name, "category": category,
+                     "temperature": temperature, "load_average": list(load_before)} | row
+                )  # fmt: skip
+                print(f"  {name:24} {row['tokens_per_second']['mean']:7.1f} tokens/s", flush=True)
+    rows += batched(settings, model, engines, next(iter(prompts.values())))
+    return [*rows, *summaries(settings, model, sides, prompts, rows)]
+
+
+def summaries(
+    settings: Settings, model: Model, sides: Any, prompts: Any, rows: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """A row per side of ours: exactness, cost of a draft, memory, speedups modelled and mean."""
+    given = [prompt for each in prompts.values() for prompt in each]
+    out = []
+    for name, (drafter, params) in sides.items():
+        made = measure.generate(model, drafter, params, given, settings.new_tokens, 0.0, 0)
+        exact = measure.exactness(model, given, made.tokens, [None] * len(given))
+        cost = measure.draft_cost(model, drafter, params, given[0])
+        mine = [r for r in rows if r["kind"] == "side" and r["drafter"] == name]
+        greedy = {r["category"]: r for r in mine if r["temperature"] == 0}
+        per_pass = float(np.mean([r["tokens_per_pass"] for r in greedy.values()]))
+        named = [greedy[c] for c in AVERAGED if c in greedy] or list(greedy.values())
+        samples = zip(*(r["speedup"]["samples"] for r in named), strict=True)
+        best = max(greedy.values(), key=lambda r: r["speedup"]["mean"])
+        out.append(
+            {
+                "kind": "summary",
+                "method": name,
+                "width": drafter.width,
+                "tokens_per_pass": per_pass,
+                "draft_cost": cost,
+                "param_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
+                "state_bytes": max(r["state_bytes"] for r in mine),
+                "exactness": dataclasses.asdict(exact),
+                "modelled": {f"{c:g}": per_pass / (c + cost) for c in RATIOS},
+                "mean_speedup": record.sample([float(np.mean(x)) for x in samples]),
+                "best_category": best["category"],
+                "best_speedup": best["speedup"],
+            }
+        )
+    return out
+
+
+def _best(rows: dict[str, dict[str, Any]], name: str, seed: int) -> float:
+    return max(value(row, name, seed) for row in rows.values())
+
+
+STATEMENTS = (
+    Statement(
+        "the best drafter is at least 1.5 times as fast as plain decoding in its best category",
+        ("none",),
+        lambda rows, seed: _best(rows, "best_speedup", seed) >= 1.5,
+    ),
+    Statement(
+        "and more than 1.2 times as fast in the mean over chat, code and math",
+        ("none",),
+        lambda rows, seed: _best(rows, "mean_speedup", seed) > 1.2,
+    ),
+    Statement(
+        "no greedy token of any drafter differs from plain decoding but by a near-tie",
+        ("none",),
+        lambda rows, seed: all(
+            row["exactness"]["differing"] == row["exactness"]["near_ties"] for row in rows.values()
+        ),
+    ),
+)
+
+
+def main(_: Sequence[str]) -> None:
+    """Run with the flags' settings, print and save."""
+    logging.set_verbosity(logging.WARNING)
+    settings = from_flags(Settings)
+    try:
+        rows = run(settings)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+    found = [row for row in rows if row["kind"] == "summary"]
+    for row in found:
+        print(
+            f"{row['method']:24} {row['tokens_per_pass']:.2f} tokens per pass  mean "
+            f"{row['mean_speedup']['mean']:.2f}x  best {row['best_speedup']['mean']:.2f}x "
+            f"({row['best_category']})"
+        )
+    answers = statements.answer(found, STATEMENTS, settings.repeats)
+    print(statements.show(answers))
+    name = f"speculative_bench_{pathlib.Path(settings.model).name.replace('-', '_')}"
+    folder = pathlib.Path(flags.FLAGS.out) if flags.FLAGS.out else None
+    path = record.save(
+        name, rows, config=settings, seeds=settings.seeds, statements=answers, folder=folder,
+        timing={"memory_bandwidth_gb_s": record.memory_bandwidth()},
+    )  # fmt: skip
+    print("saved", path)
+
+
+def define_flags() -> None:
+    """The command's flags."""
+    flags.DEFINE_string("model", "python-5m", "The model.")
+    flags.DEFINE_list("drafters", ["lookup", "tuned", "recycling"], "Names, and tuned.")
+    flags.DEFINE_list("prompts", ["code=python_stdlib"], "NAME=SOURCE or NAME=raw:SOURCE.")
+    flags.DEFINE_bool("chat", False, "JSON lines are a user's turns in the chat template.")
+    flags.DEFINE_integer("count", 6, "Prompts of a category.", lower_bound=1)
+    flags.DEFINE_integer("prompt_tokens", 192, "Tokens of a prompt, at most.", lower_bound=1)
+    flags.DEFINE_integer("new_tokens", 128, "Tokens to generate.", lower_bound=1)
+    flags.DEFINE_list("temperatures", ["0", "1"], "Sampling temperatures; 0 is greedy.")
+    flags.DEFINE_list("batches", ["1", "4"], "Batches of prompts, greedily.")
+    flags.DEFINE_integer("repeats", 3, "Timed repeats after the first.", lower_bound=1)
+    flags.DEFINE_list("seeds", ["0"], "The first chooses prompts.")
+    flags.DEFINE_bool("peers", False, "Also transformers' prompt lookup and assisted generation.")
+    flags.DEFINE_string(
+        "assistant", "", "A model with the same tokenizer, for assisted generation."
+    )
+    flags.DEFINE_string("out", "", "Folder of the result; default: the committed ones.")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

@@ -1,0 +1,90 @@
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments import speculative_bench as bench
+from experiments import statements
+from models.load import Model
+
+
+def settings(folder: pathlib.Path, **changes: Any) -> bench.Settings:
+    given: dict[str, Any] = {
+        "model": str(folder / "stories260k"), "drafters": ("lookup", "tuned"),
+        "prompts": (f"prose=text:{folder / 'texts'}",),
+        "chat": False, "count": 2, "prompt_tokens": 16, "new_tokens": 8, "temperatures": ("0",),
+        "batches": ("2",), "repeats": 1, "seeds": (0,), "peers": False, "assistant": "",
+    }  # fmt: skip
+    return bench.Settings(**(given | changes))
+
+
+@pytest.fixture(scope="module")
+def rows(folder: pathlib.Path) -> list[dict[str, Any]]:
+    return bench.run(settings(folder))
+
+
+@pytest.mark.slow
+def test_every_side_is_measured_in_every_category(rows):
+    sides = [r for r in rows if r["kind"] == "side"]
+    assert [(r["drafter"], r["category"]) for r in sides] == [
+        (name, "prose") for name in ("none", "lookup", "tuned")
+    ]
+    assert sides[0]["speedup"]["samples"] == [1.0]
+    assert sides[0]["tokens_per_pass"] == 1.0
+    assert all(r["tokens_per_second"]["mean"] > 0 for r in sides)
+    json.dumps(rows)  # nothing but plain numbers
+
+
+@pytest.mark.slow
+def test_costs_batches_and_summaries_stand_beside(rows):
+    costs = {r["width"]: r["ratio"] for r in rows if r["kind"] == "cost"}
+    assert costs[1] == 1.0
+    batches = [r for r in rows if r["kind"] == "batch"]
+    assert {(r["drafter"], r["batch"]) for r in batches} == {
+        ("none", 2), ("lookup", 2), ("tuned", 2),
+    }  # fmt: skip
+    found = {r["method"]: r for r in rows if r["kind"] == "summary"}
+    lookup = found["lookup"]
+    assert lookup["param_bytes"] == lookup["state_bytes"] == 0
+    assert lookup["exactness"]["differing"] == lookup["exactness"]["near_ties"]
+    per_pass = lookup["tokens_per_pass"]
+    np.testing.assert_allclose(lookup["modelled"]["1.5"], per_pass / (1.5 + lookup["draft_cost"]))
+
+
+def test_statements_look_at_the_best_drafter():
+    def side(mean: float, best: float) -> dict[str, Any]:
+        exact = {"differing": 0, "near_ties": 0}
+        return {
+            "mean_speedup": {"mean": mean, "samples": [mean]},
+            "best_speedup": {"mean": best, "samples": [best]},
+            "exactness": exact,
+        }
+
+    rows = [{"method": "none"} | side(1.0, 1.0), {"method": "lookup"} | side(1.3, 1.4)]
+    held = [a["holds"] for a in statements.answer(rows, bench.STATEMENTS, 1)]
+    assert held == [False, True, True]
+    rows[1]["exactness"] = {"differing": 2, "near_ties": 1}
+    assert not statements.answer(rows, bench.STATEMENTS, 1)[2]["holds"]
+
+
+@pytest.mark.parametrize("entry", ["prose", "prose="])
+def test_a_category_without_a_source_is_refused(entry: str, folder: pathlib.Path, model: Model):
+    with pytest.raises(ValueError, match="is not NAME=SOURCE"):
+        bench.categories(settings(folder, prompts=(entry,)), model, "test")
+
+
+def test_lines_may_be_continued_rather_than_answered(
+    folder: pathlib.Path, model: Model, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[tuple[str, bool]] = []
+
+    def spy(sources, split, tokenizer, count, length, seed, chat):
+        asked.append((sources[0], chat))
+        return [[1]] * count
+
+    monkeypatch.setattr(bench, "load_prompts", spy)
+    given = ("a=FILE.jsonl:x", "b=raw:FILE.jsonl:x")
+    bench.categories(settings(folder, prompts=given, chat=True), model, "test")
+    assert asked == [("FILE.jsonl:x", True), ("FILE.jsonl:x", False)]
