@@ -77,12 +77,10 @@ class SharedStudy:
             self.study = optuna.create_study(
                 study_name=folder.resolve().name,
                 storage=storage or JournalStorage(JournalFileBackend(str(folder / "study.log"))),
-                sampler=self._sampler(),
                 pruner=_pruner(stop, sweep, options),
                 direction="minimize" if sweep.minimize else "maximize",
                 load_if_exists=True,
             )
-            self._reseed()
             self._check_same()
             self.id = self._folder_id()
             self._add_points()
@@ -96,8 +94,11 @@ class SharedStudy:
                     return claim
             points = self.sweep.points
             if isinstance(points, Search):
-                if len(self._trials()) >= points.trials:
+                if (drawn := len(self._trials())) >= points.trials:
                     return None
+                # By the number of points drawn: a sampler of another worker, or one that begins
+                # again, must not draw what has been drawn.
+                self.study.sampler = SAMPLERS[points.sampler](seed=points.seed + 1_000_003 * drawn)
                 trial = self.study.ask(distributions(points.space))
                 trial.set_user_attr("point", trial.params)
             elif not self._trials(TrialState.WAITING):
@@ -149,18 +150,6 @@ class SharedStudy:
         with open(self.folder / "claim.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
-
-    def _sampler(self) -> optuna.samplers.BaseSampler:
-        points = self.sweep.points
-        if not isinstance(points, Search):
-            return optuna.samplers.RandomSampler()  # never asked
-        return SAMPLERS[points.sampler](seed=points.seed)
-
-    def _reseed(self) -> None:
-        """A sampler that begins again must not draw the points again that it has drawn."""
-        points = self.sweep.points
-        if isinstance(points, Search) and (drawn := len(self._trials())):
-            self.study.sampler = SAMPLERS[points.sampler](seed=points.seed + 1_000_003 * drawn)
 
     def _check_same(self) -> None:
         described = {

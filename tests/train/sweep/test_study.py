@@ -220,3 +220,17 @@ def test_references_between_keys_follow_a_point() -> None:
     plan.config.evaluate_every = width
     assert at_point(plan, {"steps": 80}).evaluate_every == 80
     assert at_point(plan, {"seed": 1}).evaluate_every == 40
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_workers_that_begin_together_draw_different_points(sampler: str, tmp_path: pathlib.Path):
+    space = {"optimizer.learning_rate": sweep.log_uniform(1e-4, 1e-1)}
+    plan = make(points=sweep.Search(space, trials=8, sampler=sampler))
+    workers = [share(tmp_path, plan) for _ in range(2)]
+    claims = [one.next_trial() for _ in range(4) for one in workers]
+    drawn = [claim.point["optimizer.learning_rate"] for claim in claims if claim is not None]
+    assert workers[0].next_trial() is None
+    for claim in claims:
+        assert claim is not None
+        claim.release()
+    assert len(set(drawn)) == 8
