@@ -23,6 +23,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from experiments import measure, record, statements
+from experiments.bare_loop import loop_overhead
 from experiments.settings import from_flags
 from experiments.speculative_peers import Peers
 from experiments.statements import Statement, value
@@ -199,6 +200,8 @@ def run(settings: Settings) -> list[dict[str, Any]]:
         {"kind": "cost", "width": w, "seconds": seconds[w], "ratio": seconds[w] / seconds[1]}
         for w in WIDTHS
     ]
+    overhead = loop_overhead(model, settings.new_tokens, 2 * settings.repeats)
+    rows.append({"kind": "overhead", "share": record.sample(overhead)})
     sides = make_sides(settings, model, seconds)
     engines = {
         name: make_engine(model.params, model.cfg, drafter=drafter, drafter_params=params)
@@ -225,6 +228,7 @@ def summaries(
     """A row per side of ours: exactness, cost of a draft, memory, speedups modelled and mean."""
     given = [prompt for each in prompts.values() for prompt in each]
     out = []
+    overhead = next(row for row in rows if row["kind"] == "overhead")
     for name, (drafter, params) in sides.items():
         made = measure.generate(model, drafter, params, given, settings.new_tokens, 0.0, 0)
         exact = measure.exactness(model, given, made.tokens, [None] * len(given))
@@ -246,6 +250,7 @@ def summaries(
                 "state_bytes": max(r["state_bytes"] for r in mine),
                 "exactness": dataclasses.asdict(exact),
                 "modelled": {f"{c:g}": per_pass / (c + cost) for c in RATIOS},
+                "overhead": overhead["share"]["mean"],
                 "mean_speedup": record.sample([float(np.mean(x)) for x in samples]),
                 "best_category": best["category"],
                 "best_speedup": best["speedup"],
@@ -268,6 +273,11 @@ STATEMENTS = (
         "and more than 1.2 times as fast in the mean over chat, code and math",
         ("none",),
         lambda rows, seed: _best(rows, "mean_speedup", seed) > 1.2,
+    ),
+    Statement(
+        "the loop without a drafter takes less than 5% more than the model alone",
+        ("none",),
+        lambda rows, seed: rows["none"]["overhead"] < 0.05,
     ),
     Statement(
         "no greedy token of any drafter differs from plain decoding but by a near-tie",

@@ -7,6 +7,7 @@ import pytest
 
 from experiments import speculative_bench as bench
 from experiments import statements
+from experiments.bare_loop import loop_overhead
 from models.load import Model
 
 
@@ -58,15 +59,22 @@ def test_statements_look_at_the_best_drafter():
         exact = {"differing": 0, "near_ties": 0}
         return {
             "mean_speedup": {"mean": mean, "samples": [mean]},
+            "overhead": 0.01,
             "best_speedup": {"mean": best, "samples": [best]},
             "exactness": exact,
         }
 
     rows = [{"method": "none"} | side(1.0, 1.0), {"method": "lookup"} | side(1.3, 1.4)]
     held = [a["holds"] for a in statements.answer(rows, bench.STATEMENTS, 1)]
-    assert held == [False, True, True]
+    assert held == [False, True, True, True]
     rows[1]["exactness"] = {"differing": 2, "near_ties": 1}
-    assert not statements.answer(rows, bench.STATEMENTS, 1)[2]["holds"]
+    assert not statements.answer(rows, bench.STATEMENTS, 1)[3]["holds"]
+
+
+def test_the_bare_loop_decodes_the_same_tokens(model: Model):
+    shares = loop_overhead(model, tokens=20, repeats=2)
+    assert len(shares) == 2
+    assert all(-1 < share < 20 for share in shares)
 
 
 @pytest.mark.parametrize("entry", ["prose", "prose="])
