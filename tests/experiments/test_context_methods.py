@@ -1,0 +1,158 @@
+import importlib
+import json
+import pathlib
+import sys
+from typing import Any
+
+import pytest
+
+from experiments import context_methods as methods
+from experiments import context_statements, context_trainings, record, statements
+from experiments.context_trainings import METHODS, Settings, command, export_folder, row_length
+
+
+def settings(folder: pathlib.Path, **changes: Any) -> Settings:
+    given: dict[str, Any] = {
+        "model": "records-11m", "folder": str(folder), "methods": ("linear", "clex"),
+        "rates": ("1e-3", "3e-4"), "updates": 30, "update_tokens": 4096, "choose_length": 1024,
+        "lengths": (256, 512), "tasks": (), "text": "python_stdlib", "seeds": (0, 1),
+        "windows": 2, "depths": 1, "count": 1, "batch": 2, "jobs": 1, "loss_threshold": 0.05,
+        "accuracy_threshold": 0.8,
+    }  # fmt: skip
+    return Settings(**(given | changes))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_training_changes_keys_that_its_config_has(method: str, tmp_path: pathlib.Path):
+    words = command(settings(tmp_path), method, "1e-3", 1)
+    given = dict(w.removeprefix("--config.").split("=", 1) for w in words if "--config." in w)
+    config = importlib.import_module(f"configs.{METHODS[method].config}").get_config()
+    for key in given:
+        place: Any = config
+        for part in key.split("."):
+            assert part in place, key
+            place = place[part]
+    tokens = int(given["batch_size"]) * row_length(METHODS[method])
+    assert tokens == 4096
+    assert given["optimizer.learning_rate"] == "0.001"
+    assert int(given["optimizer.warmup_steps"]) < int(given["steps"])
+
+
+def test_settings_that_cannot_run_are_refused_before_anything_does(tmp_path: pathlib.Path):
+    assert settings(tmp_path, lengths=(512, 256)).checked().lengths == (256, 512)
+    for changes, message in (
+        ({"methods": ("linear", "nothing")}, "unknown method 'nothing'"),
+        ({"rates": ()}, "at least one rate and one seed"),
+        ({"update_tokens": 511}, "--update_tokens=512"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            settings(tmp_path, **changes).checked()
+
+
+def test_finished_trainings_are_left_alone_and_the_others_are_run_then_exported(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    ran: list[list[str]] = []
+
+    def spy(commands: Any, jobs: int, logs: pathlib.Path) -> None:
+        ran.extend(list(words) for words in commands)
+
+    monkeypatch.setattr(methods, "in_parallel", spy)
+    given = settings(tmp_path)
+    export_folder(given, "linear", "1e-3", 0).mkdir(parents=True)
+    methods.train_all(given, [("linear", "1e-3", 0), ("clex", "1e-3", 0)])
+    assert [words[2] for words in ran] == ["train", "train.export"]
+    assert all(any("clex/1e-3/0" in word for word in words) for words in ran)
+
+
+def test_a_command_that_fails_is_told_with_its_last_words_and_its_log(tmp_path: pathlib.Path):
+    fine = [sys.executable, "-c", "print('fine')"]
+    wrong = [sys.executable, "-c", "raise SystemExit('no corpus')"]
+    with pytest.raises(RuntimeError, match=r"failed \(no corpus\): see .*1\.log"):
+        methods.in_parallel([fine, wrong], 2, tmp_path)
+    assert (tmp_path / "0.log").read_text() == "fine\n"
+
+
+def test_the_rate_that_reads_best_is_chosen_once(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[str] = []
+    losses = {"1e-3": 3.0, "3e-4": 2.5}
+
+    class Read:
+        """A model that is known by where it was loaded from."""
+
+        def __init__(self, place: str):
+            self.place, self.tokenizer = place, self
+
+        def encode(self, text: str) -> list[int]:
+            return list(range(5000))
+
+    def nats(model: Any, policy: Any, windows: Any, batch: int) -> Any:
+        asked.append(model.place)
+        rate = next(rate for rate in losses if f"/{rate}/" in model.place)
+        return windows[:, :1] * 0.0 + losses[rate], None
+
+    monkeypatch.setattr(methods, "load", Read)
+    monkeypatch.setattr(methods, "read_text", lambda *_: "")
+    monkeypatch.setattr(methods, "window_nats", nats)
+    monkeypatch.setattr(
+        methods.long_context, "load_policies", lambda names, model: {names[0]: (model, None)}
+    )
+    chosen = methods.choose_rates(settings(tmp_path))
+    assert {method: found["best"] for method, found in chosen.items()} == {
+        "linear": "3e-4", "clex": "3e-4",
+    }  # fmt: skip
+    assert len(asked) == 4
+    assert methods.choose_rates(settings(tmp_path)) == json.loads(json.dumps(chosen))
+    assert len(asked) == 4
+    named = methods.policies_of(settings(tmp_path), chosen, seed=1)
+    assert named["CLEX"] == "clex:{0}@{0}".format(tmp_path / "clex" / "3e-4" / "1" / "export")
+    assert named["linear 4, tuned, read at 8"].startswith("linear:8@")
+    assert named["YaRN 4"] == "yarn:4"
+
+
+def test_rows_of_several_seeds_become_one():
+    def row(value: float, **more: Any) -> dict[str, Any]:
+        return {"policy": "dense", "nats": [record.sample([value])], "edges": [1, 2], **more}
+
+    (joined,) = (methods.merged([row(1.0), row(3.0)]),)
+    assert joined["nats"][0]["samples"] == [1.0, 3.0]
+    assert joined["edges"] == [1, 2]
+    with pytest.raises(ValueError, match="seeds disagree on 'a'"):
+        methods.merged([row(1.0, extra="a"), row(1.0, extra="b")])
+
+
+def flat(**losses: float) -> dict[str, Any]:
+    """Rows of policies by name, of which ``losses`` are those at 1,024 tokens."""
+    return {
+        name: {
+            "kind": "loss", "policy": name, "length": 1024, "nats": [record.sample([loss])],
+            "excess": [record.sample([loss - 2.0])],
+        }
+        for name, loss in losses.items()
+    }  # fmt: skip
+
+
+def test_statements_read_the_last_bucket_of_each_length():
+    rows = flat(dense=4.0, **{"linear 4": 3.0, "dynamic NTK": 2.5, "NTK 4": 2.6, "YaRN 4": 2.7})
+    by_method = context_statements.rows_by_method(list(rows.values()))
+    answers = statements.answer(by_method, context_statements.STATEMENTS, 1)
+    held = {a["statement"]: a["holds"] for a in answers}
+    assert held["beyond the trained length plain rotations lose more than a nat"] is True
+    assert held["untrained, linear scaling beats none beyond the trained length"] is True
+    below = "NTK, dynamic NTK and YaRN are below linear scaling at 4 times the length, untrained"
+    assert held[below] is True
+    assert sum(value is None for value in held.values()) == len(held) - 3
+    rows["NTK 4"]["nats"] = [record.sample([3.5])]
+    by_method = context_statements.rows_by_method(list(rows.values()))
+    answers = statements.answer(by_method, context_statements.STATEMENTS, 1)
+    assert {a["statement"]: a["holds"] for a in answers}[below] is False
+
+
+def test_methods_name_only_labels_that_the_statements_know():
+    labels = {label for method in METHODS.values() for label in method.policies}
+    labels |= {"dense", "window", *methods.ZERO_SHOT}
+    asked = {name for s in context_statements.STATEMENTS for name in s.methods}
+    assert asked <= labels
+    assert set(context_trainings.CONFIGS) == {f"configs/{m.config}.py" for m in METHODS.values()}
