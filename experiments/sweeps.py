@@ -83,6 +83,7 @@ def main(_: Sequence[str]) -> None:
         field.name: getattr(flags.FLAGS, field.name) for field in dataclasses.fields(Settings)
     }
     name = pathlib.Path(values["sweep"]).stem
+    name += f"_{flags.FLAGS.label}" if flags.FLAGS.label else ""
     values["stop_options"] = tuple(values["stop_options"])
     values["folder"] = values["folder"] or f"runs/sweeps/shown_{name}"
     settings = Settings(**values)
@@ -101,6 +102,7 @@ def define_flags() -> None:
     flags.DEFINE_string("stop", "none", "Pruner, as in python -m train.sweep.")
     flags.DEFINE_list("stop_options", [], "For the pruner.")
     flags.DEFINE_integer("workers", 1, "Processes.", lower_bound=1)
+    flags.DEFINE_string("label", "", "Ending of the result's name.")
 
 
 if __name__ == "__main__":
