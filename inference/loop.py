@@ -188,7 +188,7 @@ def decode_round(
 ) -> State:
     """One round: draft, one target pass, verify, commit, observe."""
     draft, drafter_state, cache = propose(
-        params, cfg, drafter, drafter_params, state, seeds, sampling, extent
+        params, cfg, drafter, drafter_params, state, seeds, sampling, extent, eos
     )
     cache, out = score_draft(params, cfg, policy, cache, draft, state.limit, extent, drafter.needs)
     logits = decoder.unembed(params, cfg, out.hidden)
@@ -238,10 +238,11 @@ def propose(
     seeds: Int[Array, " b"],
     sampling: SamplingParams,
     extent: int | None,
+    eos: Int[Array, " e"] | None = None,
 ) -> tuple[Draft, Any, Cache]:
     """The first step of a round: the draft, the drafter's new state, the target's cache."""
     root = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
-    context = Context(state.tokens, state.length, seeds, sampling, extent)
+    context = Context(state.tokens, state.length, seeds, sampling, extent, state.done, eos)
     return drafter.propose(
         drafter_params, state.drafter, Target(params, cfg), state.cache, root, context
     )
