@@ -3,9 +3,9 @@
 python -m train --config=configs/deeponet.py --workdir=runs/deeponet
 
 Minutes on 2 cores: about 3. Expected: `mse` of 1e-6 to 5e-6 on the 100,000 test functions (the
-repository of the paper shows 9.3e-7) and `relative_l2` of 0.002 to 0.005. At a constant rate the end
-depends on rounding: two runs of one seed, which read the inputs as sensor values and as coefficients,
-gave 8e-7 and 4.8e-6.
+repository of the paper shows 9.3e-7) and `relative_l2` of 0.002 to 0.005. At a constant rate the
+end depends on rounding: two runs of one seed, which read the inputs as sensor values and as
+coefficients, gave 8e-7 and 4.8e-6.
 """
 
 import ml_collections

@@ -137,6 +137,8 @@ class Context:
     seeds: Any  # (b,) int32
     sampling: SamplingParams
     extent: int | None = struct.field(pytree_node=False, default=None)  # slots that hold all text
+    done: Any = None  # (b,) bool: rows that need no draft any more; None: all do
+    eos: Any = None  # (e,) ids that end a text; None: none does
 
 
 def prompt_needs(drafter: Drafter) -> frozenset[str]:

@@ -107,7 +107,7 @@ class Engine:
             ValueError: an empty prompt, an id outside the vocabulary, a text beyond the context,
                 or a drafter state given to a drafter that keeps none.
         """
-        self._check(prompts, max_new_tokens, seeds)
+        self.check(prompts, max_new_tokens, seeds)
         if drafter_state is not None and not shares_state(self.drafter):
             raise ValueError(
                 f"{type(self.drafter).__name__} keeps no state between calls: "
@@ -132,23 +132,34 @@ class Engine:
     def start(
         self,
         prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
+        max_new_tokens: int | Sequence[int],
         sampling: SamplingParams,
         seeds: Sequence[int] | None = None,
         drafter_state: Any = None,
+        capacity: int | None = None,
     ) -> tuple[State, jax.Array]:
-        """Prefill: the loop's state before the first round, and the seeds as an array."""
+        """Prefill: the loop's state before the first round, and the seeds as an array.
+
+        Args:
+            max_new_tokens: one number, or one per prompt.
+            capacity: slots per row; default: as many as these prompts need.
+
+        Raises:
+            ValueError: prompts that do not fit ``capacity`` with their new tokens and a draft.
+        """
         batch, longest = len(prompts), max(len(p) for p in prompts)
         lengths = np.array([len(p) for p in prompts], np.int32)
+        limits = lengths + np.asarray(max_new_tokens, np.int32)
         chunk = min(self.prefill_size, bucket(longest, 16))
         chunks = -(-(longest - 1) // chunk)
-        capacity = bucket(
-            max(chunks * chunk, longest + max_new_tokens) + self.drafter.width + chunk
-        )
+        needed = max(chunks * chunk, int(limits.max())) + self.drafter.width
+        if capacity is None:
+            capacity = bucket(needed + chunk)
+        check_capacity(needed, capacity, "the longest text with its draft")
         tokens = np.full((batch, capacity), -1, np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
-        limit = jnp.asarray(lengths + max_new_tokens)
+        limit = jnp.asarray(limits)
         seeds_array = jnp.asarray(
             np.arange(batch) if seeds is None else np.asarray(seeds), jnp.int32
         )
@@ -176,7 +187,7 @@ class Engine:
             tokens=jnp.asarray(tokens),
             length=jnp.asarray(lengths),
             limit=limit,
-            done=jnp.asarray(np.full(batch, max_new_tokens == 0)),
+            done=jnp.asarray(limits == lengths),
             cache=cache,
             drafter=drafter_state,
             stats=init_stats(batch, self.drafter.max_depth),
@@ -214,9 +225,9 @@ class Engine:
                 sampling,
                 eos_array,
                 max_rounds,
-                extent=self._extent(needed, state.cache.capacity),
+                extent=self.extent(needed, state.cache.capacity),
                 rule=rule,
-                widths=narrower_widths(self.drafter) if self.widths is None else self.widths,
+                widths=self.narrower(),
             )
             if after_call is not None:
                 after_call(state)
@@ -244,7 +255,7 @@ class Engine:
                 jnp.asarray(piece),
                 jnp.asarray(counts),
                 limit,
-                extent=self._extent((i + 1) * chunk, cache.capacity),
+                extent=self.extent((i + 1) * chunk, cache.capacity),
                 outputs=needs,
                 prompt_lengths=jnp.asarray(lengths),
             )
@@ -257,16 +268,21 @@ class Engine:
     def _empty_cache(self, batch: int, capacity: int, dtype: Any, key_width: int) -> Cache:
         return init_cache(self.cfg, batch, capacity, dtype, key_width)
 
-    def _extent(self, needed: int, capacity: int) -> int:
+    def narrower(self) -> tuple[int, ...]:
+        """The passes narrower than the drafter's that the loop holds."""
+        return narrower_widths(self.drafter) if self.widths is None else self.widths
+
+    def extent(self, needed: int, capacity: int) -> int:
         """The slots that attention reads if ``needed`` are filled."""
         return min(bucket(needed), capacity)
 
-    def _check(
+    def check(
         self,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
-        seeds: Sequence[int] | None,
+        seeds: Sequence[int] | None = None,
     ) -> None:
+        """Raise ValueError for what :meth:`generate` would refuse."""
         if not prompts or max_new_tokens < 0:
             raise ValueError("give at least one prompt and a max_new_tokens of 0 or more.")
         if seeds is not None and len(seeds) != len(prompts):

@@ -197,7 +197,7 @@ def decode_round(
     The pass has the first of ``widths`` that holds the draft; see :mod:`inference.widths`.
     """
     draft, drafter_state, cache = propose(
-        params, cfg, drafter, drafter_params, state, seeds, sampling, extent
+        params, cfg, drafter, drafter_params, state, seeds, sampling, extent, eos
     )
     state = dataclasses.replace(state, drafter=drafter_state, cache=cache)
     sizes = check_widths(widths, draft.tokens.shape[1])
@@ -294,10 +294,11 @@ def propose(
     seeds: Int[Array, " b"],
     sampling: SamplingParams,
     extent: int | None,
+    eos: Int[Array, " e"] | None = None,
 ) -> tuple[Draft, Any, Cache]:
     """The first step of a round: the draft, the drafter's new state, the target's cache."""
     root = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
-    context = Context(state.tokens, state.length, seeds, sampling, extent)
+    context = Context(state.tokens, state.length, seeds, sampling, extent, state.done, eos)
     return drafter.propose(
         drafter_params, state.drafter, Target(params, cfg), state.cache, root, context
     )

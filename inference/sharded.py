@@ -88,15 +88,16 @@ class ShardedEngine(Engine):
     def start(
         self,
         prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
+        max_new_tokens: int | Sequence[int],
         sampling: SamplingParams,
         seeds: Sequence[int] | None = None,
         drafter_state: Any = None,
+        capacity: int | None = None,
     ) -> tuple[State, jax.Array]:
         """See :meth:`Engine.start`; the state lies on the mesh."""
         with jax.set_mesh(self.mesh):
             state, seeds_array = super().start(
-                prompts, max_new_tokens, sampling, seeds, drafter_state
+                prompts, max_new_tokens, sampling, seeds, drafter_state, capacity
             )
             return jax.device_put(
                 (state, seeds_array),
@@ -112,13 +113,13 @@ class ShardedEngine(Engine):
         place = cache_shardings(jax.eval_shape(make), self.mesh, self.rules)
         return jax.jit(make, out_shardings=place)()
 
-    def _extent(self, needed: int, capacity: int) -> int:
+    def extent(self, needed: int, capacity: int) -> int:
         """All slots where they are split: the first ones alone would have to be moved.
 
         The kernels skip blocks past a row's end all the same.
         """
         split = self.mesh.shape["context"] > 1
-        return capacity if split else super()._extent(needed, capacity)
+        return capacity if split else super().extent(needed, capacity)
 
     def run(
         self,

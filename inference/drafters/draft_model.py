@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from inference.cache import Cache, init_cache
 from inference.drafter import Context, Draft, Request, Target, TargetOutputs, static_draft
@@ -94,40 +94,22 @@ class DraftModel:
         context: Context,
     ) -> tuple[Draft, DraftModelState, Any]:
         """``length`` passes: the first over all that is new to the model, then token by token."""
-        own, missing = state.cache, context.length - state.cache.length
-        recent = jnp.take_along_axis(
-            context.tokens, own.length[:, None] + jnp.arange(2)[None], axis=1
-        )
-        logits, own = self._run(params, own, jnp.maximum(recent, 0), context.extent)
-        # Where one token was missing, the second slot holds padding and is used again.
-        own = own.rollback(missing)
-        law = jnp.take_along_axis(logits, missing[:, None, None] - 1, axis=1)[:, 0]
-        first = self._choose(law, context, 0)
+        _, logits, state = self._read_text(params, state, context)
+        first = self._choose(logits, context, 0)
 
         def extend(carry: tuple[Array, Cache], i: Array) -> tuple[Any, Any]:
             token, own = carry
-            logits, own = self._run(params, own, token[:, None], context.extent)
+            _, logits, own = self._run(params, own, token[:, None], context.extent)
             chosen = self._choose(logits[:, 0], context, i)
             return (chosen[0], own), chosen
 
         steps = jnp.arange(1, self.length)
-        (_, own), rest = jax.lax.scan(extend, (first[0], own), steps)
+        (_, own), rest = jax.lax.scan(extend, (first[0], state.cache), steps)
         drafted, laws = (
             jnp.concatenate([one[:, None], jnp.moveaxis(more, 0, 1)], axis=1)
             for one, more in zip(first, rest, strict=True)
         )
-        tokens = jnp.concatenate([root[:, None], drafted], axis=1)
-        probs = None
-        if self.sampled:
-            # The last node has no children, so its law is never read.
-            probs = jnp.pad(laws, ((0, 0), (0, 1), (0, 0)))
-        draft = static_draft(
-            chain_tree(self.length),
-            tokens,
-            probs=probs,
-            mode="chain" if self.sampled else "deterministic",
-        )
-        return draft, DraftModelState(own, missing), cache
+        return self._chain(root, drafted, laws), dataclasses.replace(state, cache=own), cache
 
     def observe(
         self,
@@ -140,13 +122,51 @@ class DraftModel:
         root: Int[Array, " b"],
     ) -> DraftModelState:
         """Keep the entries of committed tokens; the last drafted token was never run."""
-        seen = state.missing - 1 + jnp.minimum(n, self.length)
+        drafted = jnp.sum(draft.valid, axis=1) - 1
+        seen = state.missing - 1 + jnp.minimum(n, drafted)
         return dataclasses.replace(state, cache=state.cache.commit(None, seen))
+
+    def _read_text(
+        self, params: decoder.Params, state: DraftModelState, context: Context
+    ) -> tuple[Float[Array, "b width"], Float[Array, "b v"], Any]:
+        """Run the one or two tokens that are new to the model: hidden state and logits of the root.
+
+        The state that comes with them has its own type."""
+        own, missing = state.cache, context.length - state.cache.length
+        recent = jnp.take_along_axis(
+            context.tokens, own.length[:, None] + jnp.arange(2)[None], axis=1
+        )
+        hidden, logits, own = self._run(params, own, jnp.maximum(recent, 0), context.extent)
+        newest = missing[:, None, None] - 1
+        hidden, logits = (jnp.take_along_axis(x, newest, axis=1)[:, 0] for x in (hidden, logits))
+        # Where one token was missing, the second slot holds padding and is used again.
+        state = dataclasses.replace(state, cache=own.rollback(missing), missing=missing)
+        return hidden, logits, state
+
+    def _chain(
+        self,
+        root: Int[Array, " b"],
+        drafted: Int[Array, "b k"],
+        laws: Float[Array, "b k v"] | None,
+        valid: Bool[Array, "b n"] | None = None,
+    ) -> Draft:
+        """The draft below each root, with the laws it was drawn from if it was."""
+        probs = None
+        if self.sampled and laws is not None:
+            # The last node has no children, so its law is never read.
+            probs = jnp.pad(laws, ((0, 0), (0, 1), (0, 0)))
+        return static_draft(
+            chain_tree(self.length),
+            jnp.concatenate([root[:, None], drafted], axis=1),
+            valid,
+            probs=probs,
+            mode="chain" if self.sampled else "deterministic",
+        )
 
     def _run(
         self, params: decoder.Params, cache: Cache, tokens: Int[Array, "b t"], extent: int | None
-    ) -> tuple[Float[Array, "b t v"], Cache]:
-        """Logits of new tokens, whose entries become scratch."""
+    ) -> tuple[Float[Array, "b t width"], Float[Array, "b t v"], Cache]:
+        """Hidden states and logits of new tokens, whose entries become scratch."""
         ahead = cache.scratch[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         positions = cache.next_position[:, None] + ahead
         cache, start = cache.append_scratch(positions)
@@ -159,7 +179,7 @@ class DraftModel:
         )
         out = decoder.forward(params, self.cfg, tokens, step=step, cache=cache.layers)
         logits = decoder.unembed(params, self.cfg, out.hidden)
-        return logits, dataclasses.replace(cache, layers=out.cache)
+        return out.hidden, logits, dataclasses.replace(cache, layers=out.cache)
 
     def _choose(
         self, logits: Float[Array, "b v"], context: Context, i: int | Array
@@ -180,6 +200,16 @@ def check_vocabulary(draft: decoder.Config, target: decoder.Config) -> None:
         raise ValueError(
             f"the draft model has {draft.vocab_size} tokens and the target {target.vocab_size}: "
             f"use a draft model with the target's tokenizer."
+        )
+
+
+def check_tokenizer(draft: Model, model: Model) -> None:
+    """Raise ValueError unless the draft model has the tokenizer of the model it drafts for."""
+    check_vocabulary(draft.cfg, model.cfg)
+    if draft.tokenizer.fingerprint != model.tokenizer.fingerprint:
+        raise ValueError(
+            f"{draft.name} has another tokenizer than {model.name}: use a draft model with the "
+            f"target's tokenizer."
         )
 
 
@@ -209,10 +239,5 @@ def load(argument: str, model: Model) -> tuple[DraftModel, decoder.Params]:
         FileNotFoundError: there is no such model.
     """
     loaded = load_model(argument)
-    check_vocabulary(loaded.cfg, model.cfg)
-    if loaded.tokenizer.fingerprint != model.tokenizer.fingerprint:
-        raise ValueError(
-            f"{argument} has another tokenizer than {model.name}: use a draft model with the "
-            f"target's tokenizer."
-        )
+    check_tokenizer(loaded, model)
     return draft_model(model.cfg, loaded.params, loaded.cfg)

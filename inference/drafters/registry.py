@@ -19,9 +19,10 @@ DRAFTERS = {
     "medusa:DIR": "inference.drafters.medusa:load",
     "eagle:DIR": "inference.drafters.eagle:load",
     "clover:DIR": "research.speculative.clover.drafter:load",
+    "specdec:DIR:HEADS": "research.speculative.specdec_pp.drafter:load",
 }
-"""What can be asked for. ``DIR`` stands for a directory, a folder of ``assets/`` by its name, or,
-for a draft model, whatever else names a model."""
+"""What can be asked for. Words in capitals stand for a directory, a folder of ``assets/`` by its
+name, or, for a draft model, whatever else names a model."""
 
 
 def load_none(argument: str, model: Model) -> tuple[NoDrafter, None]:
@@ -36,17 +37,17 @@ def check_name(name: str) -> tuple[str, str]:
         ValueError: an unknown drafter, or an argument that is missing or superfluous.
     """
     kind, colon, argument = name.partition(":")
-    known = ", ".join(DRAFTERS)
-    if kind in DRAFTERS:
-        if colon:
-            raise ValueError(f"drafter {kind!r} takes no argument, got {name!r}: write {kind!r}.")
-        return DRAFTERS[kind], ""
-    entry = DRAFTERS.get(f"{kind}:DIR")
-    if entry is None:
-        raise ValueError(f"unknown drafter {name!r}: choose one of {known}.")
-    if not argument:
-        raise ValueError(f"drafter {name!r} lacks its directory: write '{kind}:DIR'.")
-    return entry, argument
+    pattern = next((p for p in DRAFTERS if p.partition(":")[0] == kind), None)
+    if pattern is None:
+        raise ValueError(f"unknown drafter {name!r}: choose one of {', '.join(DRAFTERS)}.")
+    wanted = pattern.count(":")
+    if colon and not wanted:
+        raise ValueError(f"drafter {kind!r} takes no argument, got {name!r}: write {kind!r}.")
+    parts = argument.split(":", max(wanted - 1, 0))
+    if wanted and (len(parts) < wanted or not all(parts)):
+        lacks = "directory" if wanted == 1 else "directories"
+        raise ValueError(f"drafter {name!r} lacks its {lacks}: write '{pattern}'.")
+    return DRAFTERS[pattern], argument
 
 
 def make_drafter(name: str, model: Model) -> tuple[Drafter, Any]:
@@ -57,6 +58,12 @@ def make_drafter(name: str, model: Model) -> tuple[Drafter, Any]:
         FileNotFoundError: nothing at the place that the name gives.
     """
     entry, argument = check_name(name)
-    if argument and not pathlib.Path(argument).exists() and (ASSETS / argument).is_dir():
-        argument = str(ASSETS / argument)
+    argument = ":".join(_shipped(part) for part in argument.split(":"))
     return pkgutil.resolve_name(entry)(argument, model)
+
+
+def _shipped(part: str) -> str:
+    """A folder of ``assets/`` by its path, anything else as it is."""
+    if part and not pathlib.Path(part).exists() and (ASSETS / part).is_dir():
+        return str(ASSETS / part)
+    return part

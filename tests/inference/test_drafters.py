@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -173,10 +174,14 @@ class LyingDraftModel(DraftModel):
         return draft.replace(probs=flat), state, cache
 
 
-def p_value(drafter: DraftModel, sampling: SamplingParams) -> float:
-    """Pearson's test of ROWS sampled continuations of one token by three."""
-    draft_weights = weights(drafter.cfg, 9)
-    eng = engine(TINY, drafter=drafter, drafter_params=draft_weights)
+def p_value(
+    drafter: DraftModel, sampling: SamplingParams, params: Callable[[Any], Any] = lambda w: w
+) -> float:
+    """Pearson's test of ROWS sampled continuations of one token by three.
+
+    ``params`` makes the drafter's parameters from the draft model's weights.
+    """
+    eng = engine(TINY, drafter=drafter, drafter_params=params(weights(drafter.cfg, 9)))
     got = np.asarray(eng.generate([[2]] * ROWS, 3, sampling=sampling, seeds=range(ROWS)).tokens)
     observed = np.bincount(got @ np.array([16, 4, 1]), minlength=64)
     law = np.zeros((4, 4, 4))

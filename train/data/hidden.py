@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import grain
@@ -25,6 +25,8 @@ from ops.sampling import SamplingParams
 from train.run_folder import hash_file, hash_tree
 
 Split = Literal["train", "heldout"]
+States = Callable[[Sequence[int], Array], Array]
+"""``states(texts, tokens (b, t)) -> (b, t, width) float16``: of the texts of these numbers."""
 SCHEMA = 1
 HELDOUT_EVERY = 20
 """One prompt in so many, with all its texts, is held out."""
@@ -85,9 +87,10 @@ def generate_texts(
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _pre_norm(
+def pre_norm(
     params: decoder.Params, cfg: decoder.Config, tokens: Int[Array, "b t"]
 ) -> Float[Array, "b t width"]:
+    """States before the final norm, float16."""
     return decoder.forward(params, cfg, tokens).pre_norm.astype(jnp.float16)
 
 
@@ -97,10 +100,16 @@ def write_hidden(
     cfg: decoder.Config,
     texts: Sequence[Text],
     batch: int = 16,
+    states: States | None = None,
+    per_token: Mapping[str, Sequence[np.ndarray]] | None = None,
 ) -> None:
     """Run the target over ``texts`` and write its pre-norm states as float16.
 
     The folder appears only when it is complete.
+
+    Args:
+        states: how they come from a padded batch, if not by a plain pass over each text.
+        per_token: further arrays to keep by name, for every text one value per token.
 
     Raises:
         ValueError: no texts, one without a token after its prompt, or states beyond float16.
@@ -109,8 +118,14 @@ def write_hidden(
     """
     if not texts or min(len(t.tokens) - t.prompt_length for t in texts) < 1:
         raise ValueError("every text needs at least one token after its prompt.")
+
+    def plain(chosen: Sequence[int], tokens: Array) -> Array:
+        return pre_norm(params, cfg, tokens)
+
     with new_directory(folder) as partial:
-        _write_arrays(partial, params, cfg, texts, batch)
+        _write_arrays(partial, plain if states is None else states, cfg.hidden_size, texts, batch)
+        for name, values in (per_token or {}).items():
+            np.save(partial / f"{name}.npy", np.concatenate(values))
         files = {p.name: hash_file(p) for p in sorted(partial.glob("*.npy"))}
         manifest = {
             "schema": SCHEMA,
@@ -125,11 +140,7 @@ def write_hidden(
 
 
 def _write_arrays(
-    folder: pathlib.Path,
-    params: decoder.Params,
-    cfg: decoder.Config,
-    texts: Sequence[Text],
-    batch: int,
+    folder: pathlib.Path, states: States, width: int, texts: Sequence[Text], batch: int
 ) -> None:
     lengths = np.array([len(t.tokens) for t in texts], np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -138,25 +149,36 @@ def _write_arrays(
     np.save(
         folder / "prompts.npy", np.array([[t.prompt, t.prompt_length] for t in texts], np.int64)
     )
-    states = np.lib.format.open_memmap(
-        folder / "pre_norm.npy", "w+", np.float16, (int(offsets[-1]), cfg.hidden_size)
+    kept = np.lib.format.open_memmap(
+        folder / "pre_norm.npy", "w+", np.float16, (int(offsets[-1]), width)
     )
-    order = np.argsort(lengths, kind="stable")
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        width = -(-int(lengths[chosen].max()) // _PAD) * _PAD
-        tokens = np.zeros((batch, width), np.int32)
-        for row, i in enumerate(chosen):
-            tokens[row, : lengths[i]] = texts[i].tokens
-        out = np.asarray(_pre_norm(params, cfg, jnp.asarray(tokens)))
+    for chosen, tokens in padded_batches([t.tokens for t in texts], batch):
+        out = np.asarray(states(chosen, jnp.asarray(tokens)))
         for row, i in enumerate(chosen):
             if not np.all(np.isfinite(out[row, : lengths[i]])):
                 raise ValueError(
                     "the target's hidden states do not fit float16: scale its last layer's output "
                     "down or use another target."
                 )
-            states[offsets[i] : offsets[i + 1]] = out[row, : lengths[i]]
-    states.flush()
+            kept[offsets[i] : offsets[i + 1]] = out[row, : lengths[i]]
+    kept.flush()
+
+
+def padded_batches(
+    texts: Sequence[Sequence[int]], batch: int
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Texts in batches of about equal length: their numbers, and their tokens padded with 0.
+
+    The last batch has rows of padding alone; lengths are rounded up, so that few shapes occur.
+    """
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        width = -(-len(texts[chosen[-1]]) // _PAD) * _PAD
+        tokens = np.zeros((batch, width), np.int32)
+        for row, i in enumerate(chosen):
+            tokens[row, : len(texts[i])] = texts[i]
+        yield chosen, tokens
 
 
 class HiddenTexts:
@@ -193,6 +215,16 @@ class HiddenTexts:
         self.tokens = np.load(self.folder / "tokens.npy", mmap_mode="r")
         self.prompts = np.load(self.folder / "prompts.npy")
         self.pre_norm = np.load(self.folder / "pre_norm.npy", mmap_mode="r")
+
+    def per_token(self, name: str) -> np.ndarray:
+        """A further array that was kept with the texts, one value per token.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        if f"{name}.npy" not in self.manifest["files"]:
+            raise ValueError(f"{self.folder} holds no {name}: it was written for another method.")
+        return np.load(self.folder / f"{name}.npy", mmap_mode="r")
 
     def chosen(self, split: Split) -> np.ndarray:
         """Numbers of the texts of a split; a prompt's texts are all in one."""
@@ -262,17 +294,7 @@ def make_hidden_dataset(
         ValueError: fewer windows than a batch.
     """
     windows = HiddenWindows(texts, "train", length)
-    if len(windows) < batch_size:
-        raise ValueError(
-            f"{texts.folder} has {len(windows)} windows of {length} for a batch of {batch_size}: "
-            f"write more texts or use smaller batches."
-        )
-    # Shuffling reads by global index, so every process sees the same order and takes its slice.
-    dataset = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
-    mine = dataset[process_index::process_count]
-    return mine.to_iter_dataset(_READ_OPTIONS).batch(
-        batch_size // process_count, drop_remainder=True
-    )
+    return shuffled_batches(windows, batch_size, seed, process_index, process_count)
 
 
 def heldout_batches(
@@ -284,5 +306,33 @@ def heldout_batches(
 ) -> grain.IterDataset:
     """Every held-out window once; the last batch is filled up with windows of mask 0."""
     windows = HiddenWindows(texts, "heldout", length, multiple=batch_size)
+    return batches_in_order(windows, batch_size, process_index, process_count)
+
+
+def shuffled_batches(
+    windows: Any, batch_size: int, seed: int, process_index: int, process_count: int
+) -> grain.IterDataset:
+    """This process's rows of shuffled batches of a random-access source, without end.
+
+    Raises:
+        ValueError: fewer elements than a batch.
+    """
+    if len(windows) < batch_size:
+        raise ValueError(
+            f"{windows.texts.folder} has {len(windows)} windows of {windows.length} for a batch of "
+            f"{batch_size}: write more texts or use smaller batches."
+        )
+    # Shuffling reads by global index, so every process sees the same order and takes its slice.
+    dataset = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
+    mine = dataset[process_index::process_count]
+    return mine.to_iter_dataset(_READ_OPTIONS).batch(
+        batch_size // process_count, drop_remainder=True
+    )
+
+
+def batches_in_order(
+    windows: Any, batch_size: int, process_index: int, process_count: int
+) -> grain.IterDataset:
+    """This process's rows of batches that have every element once."""
     mine = grain.MapDataset.source(windows)[process_index::process_count]
     return mine.batch(batch_size // process_count).to_iter_dataset(_READ_OPTIONS)
