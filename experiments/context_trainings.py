@@ -153,6 +153,7 @@ def command(settings: Settings, method: str, rate: str, seed: int) -> list[str]:
         "batch_size": settings.update_tokens // row_length(chosen),
         "optimizer.warmup_steps": min(20, settings.updates // 10),
         "evaluate_every": 0,
+        "task.evaluation_split": "",
         "checkpoint_every": settings.updates,
     }
     return [

@@ -152,8 +152,10 @@ class LanguageModel(BaseTask):
 
         Each document starts anew and is read in windows without overlap, so this is an upper
         bound on what a longer context would give. ``policy`` takes the place of the task's own;
-        other numbers in it are not compiled again.
+        other numbers in it are not compiled again. Without a split nothing is measured.
         """
+        if not self.evaluation_split:
+            return {}
         reading = self._reading(context, self.evaluation_split, self.evaluation_rows)
         add = _evaluation_step(self, DTYPES[context.config.compute_dtype])
         sums = [0.0, 0.0]
