@@ -103,7 +103,7 @@ class Engine:
             ValueError: an empty prompt, an id outside the vocabulary, a text beyond the context,
                 or a drafter state given to a drafter that keeps none.
         """
-        self._check(prompts, max_new_tokens, seeds)
+        self.check(prompts, max_new_tokens, seeds)
         if drafter_state is not None and not shares_state(self.drafter):
             raise ValueError(
                 f"{type(self.drafter).__name__} keeps no state between calls: "
@@ -216,6 +216,32 @@ class Engine:
             if after_call is not None:
                 after_call(state)
 
+    def check(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        seeds: Sequence[int] | None,
+    ) -> None:
+        """Raise ValueError for what :meth:`generate` refuses of these arguments."""
+        if not prompts or max_new_tokens < 0:
+            raise ValueError("give at least one prompt and a max_new_tokens of 0 or more.")
+        if seeds is not None and len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one per prompt.")
+        limit = self.cfg.max_length if self.context_limit is None else self.context_limit
+        limit = min(limit, getattr(self.policy, "max_length", limit))
+        for i, prompt in enumerate(prompts):
+            if len(prompt) == 0:
+                raise ValueError(
+                    f"prompt {i} is empty: start it with at least one token, "
+                    "such as the start-of-text one."
+                )
+            if min(prompt) < 0 or max(prompt) >= self.cfg.vocab_size:
+                raise ValueError(
+                    f"prompt {i} has token ids outside 0..{self.cfg.vocab_size - 1}: "
+                    "the tokenizer is not this model's."
+                )
+            check_context(len(prompt), max_new_tokens, limit)
+
     def _prefill(
         self,
         cache: Cache,
@@ -255,31 +281,6 @@ class Engine:
     def _extent(self, needed: int, capacity: int) -> int:
         """The slots that attention reads if ``needed`` are filled."""
         return min(bucket(needed), capacity)
-
-    def _check(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        seeds: Sequence[int] | None,
-    ) -> None:
-        if not prompts or max_new_tokens < 0:
-            raise ValueError("give at least one prompt and a max_new_tokens of 0 or more.")
-        if seeds is not None and len(seeds) != len(prompts):
-            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one per prompt.")
-        limit = self.cfg.max_length if self.context_limit is None else self.context_limit
-        limit = min(limit, getattr(self.policy, "max_length", limit))
-        for i, prompt in enumerate(prompts):
-            if len(prompt) == 0:
-                raise ValueError(
-                    f"prompt {i} is empty: start it with at least one token, "
-                    "such as the start-of-text one."
-                )
-            if min(prompt) < 0 or max(prompt) >= self.cfg.vocab_size:
-                raise ValueError(
-                    f"prompt {i} has token ids outside 0..{self.cfg.vocab_size - 1}: "
-                    "the tokenizer is not this model's."
-                )
-            check_context(len(prompt), max_new_tokens, limit)
 
 
 def check_context(prompt: int, new: int, limit: int) -> None:
