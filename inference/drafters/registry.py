@@ -18,6 +18,7 @@ DRAFTERS = {
     "draft:DIR": "inference.drafters.draft_model:load",
     "medusa:DIR": "inference.drafters.medusa:load",
     "eagle:DIR": "inference.drafters.eagle:load",
+    "eagle2:DIR": "inference.drafters.eagle_tree:load",
     "clover:DIR": "research.speculative.clover.drafter:load",
     "specdec:DIR:HEADS": "research.speculative.specdec_pp.drafter:load",
 }
