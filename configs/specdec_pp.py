@@ -14,7 +14,9 @@ from configs.defaults import Config
 def get_config() -> Config:
     """The authors' optimiser: 3 epochs, 8 x 4 rows per update, a normaliser per 4 rows.
 
-    Their learning rate of 5e-5 belongs to 3,750 updates of a head 4,096 wide.
+    Their learning rate of 5e-5 belongs to 40,000 texts and a head 4,096 wide. AUC on held-out texts
+    after 183 updates of 4,096 positions, 192 texts, one seed: 0.63 at 1e-3, 0.61 at 3e-3 and at
+    1e-2, which fit the training texts better (0.69, 0.76, 0.88).
     """
     config = defaults.training()
     config.task.update(

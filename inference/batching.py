@@ -276,10 +276,9 @@ class Batching:
         rule = engine.rule or (None if self._uses["sampled"] else "greedy")
         rows = list(range(len(self._rows)))
         if self.scheduler.batch is not None:
-            # Always as many rows: others fill up, which are done or must wait.
+            # Always as many rows: where fewer are unfinished, free ones fill up.
             others = [slot for slot in rows if slot not in slots]
             rows = [*slots, *others[: self.scheduler.batch - len(slots)]]
-        waits = jnp.asarray([slot not in slots for slot in rows])
         policy = decoder.default_policy(engine.cfg) if engine.policy is None else engine.policy
         self._state = _decode_rows(
             engine.params,
@@ -289,7 +288,6 @@ class Batching:
             engine.drafter_params,
             self._state,
             None if self.scheduler.batch is None else jnp.asarray(rows, jnp.int32),
-            waits,
             jnp.asarray(self._seeds[rows]),
             self._sampling(rows),
             jnp.asarray(np.asarray(self._eos, np.int32).reshape(-1)),
@@ -302,12 +300,13 @@ class Batching:
     def _collect(self, slots: Sequence[int]) -> None:
         """Hand out new tokens of these rows and free those whose texts have ended."""
         done = np.asarray(self._state.done)
-        for slot, text in zip(slots, self._texts(slots), strict=True):
-            row = self._row(slot)
-            if row.job.on_tokens is not None and len(text) > row.shown:
-                row.job.on_tokens(text[row.shown :])
-            row.shown = len(text)
-            if done[slot]:
+        rows = [self._row(slot) for slot in slots]
+        for slot, row, text in zip(slots, rows, self._texts(slots), strict=True):
+            new, row.shown = text[row.shown :], len(text)
+            if new and row.job.on_tokens is not None and self._rows[slot] is row:
+                row.job.on_tokens(new)
+            # Whoever is told of tokens may cancel jobs.
+            if done[slot] and self._rows[slot] is row:
                 ended = bool(text) and text[-1] in self._eos
                 self._finish(slot, text, "end" if ended else "length")
 
@@ -350,7 +349,6 @@ def _decode_rows(
     drafter_params: Any,
     pool: State,
     rows: Int[Array, " r"] | None,
-    waits: Any,
     seeds: Int[Array, " r"],
     sampling: SamplingParams,
     eos: Int[Array, " e"],
@@ -359,18 +357,15 @@ def _decode_rows(
     rule: str | None,
     widths: tuple[int, ...],
 ) -> State:
-    """Rounds of some rows of the pool (None: all, without moving them); ``waits`` ones stand by."""
+    """Rounds of some rows of the pool (None: all, without moving them)."""
     shared = shares_state(drafter)
     state = pool
     if rows is not None:
         kept = dataclasses.replace(pool, drafter=None) if shared else pool
         state = jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), kept)
         state = dataclasses.replace(state, drafter=pool.drafter) if shared else state
-    before = state.done
-    state = dataclasses.replace(state, done=before | waits)
     state = decode_rounds(
         params, cfg, policy, drafter, drafter_params, state, seeds, sampling, eos, max_rounds,
         extent=extent, rule=rule, widths=widths,
     )  # fmt: skip
-    state = dataclasses.replace(state, done=jnp.where(waits, before, state.done))
     return state if rows is None else _put(pool, state, rows, shared)

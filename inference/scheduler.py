@@ -21,7 +21,8 @@ class Scheduler(Protocol):
     def choose(self, lengths: Sequence[int]) -> tuple[list[int], bool]:
         """Places of the chosen rows, and whether they were grouped by length.
 
-        ``lengths`` are of the unfinished rows, in the order in which they came.
+        ``lengths`` are of the unfinished rows, in the order in which they came. As many are chosen
+        as a step takes, fewer only if there are no more.
         """
         ...
 

@@ -157,6 +157,26 @@ def test_cancelled_jobs_leave_the_others_alone():
         one.result(numbers[0])
 
 
+def test_whoever_is_told_of_tokens_may_cancel():
+    want = [r.tokens for r in pool(rows=2).generate(jobs())]
+    one = pool(rows=2)
+    given = jobs()
+    told: list[list[int]] = []
+
+    def stop(tokens: list[int]) -> None:
+        told.append(tokens)
+        for number in (0, 1):
+            one.cancel(number)
+
+    numbers = [one.submit(Job(given[0].prompt, given[0].max_new_tokens, on_tokens=stop))]
+    numbers += [one.submit(job) for job in given[1:]]
+    one.run()
+    got = [one.result(number) for number in numbers]
+    assert told == [got[0].tokens] and got[0].reason == got[1].reason == "cancelled"
+    assert got[1].tokens == want[1][: len(got[1].tokens)]
+    assert [r.tokens for r in got[2:]] == want[2:]
+
+
 def test_what_lies_in_stale_slots_is_never_seen():
     one = pool("draft model", rows=2)
     for job in jobs():

@@ -57,7 +57,7 @@ def summarise(scores: Scores, rejection_weight: float = 1.0) -> dict[str, float]
     ``auc`` is the chance that an accepted token has a higher prediction than a rejected one (half
     for those of one bin). The calibration error is the mean distance between predicted and observed
     acceptance over ten bins, rejections counting ``rejection_weight`` times: what a head trained
-    with that weight is calibrated for. It is nan-free: a set without one of the kinds has auc 0.5.
+    with that weight is calibrated for. Without any accepted or any rejected token ``auc`` is 0.5.
     """
     a, r, pa, pr = (
         np.asarray(x, np.float64)
@@ -65,7 +65,7 @@ def summarise(scores: Scores, rejection_weight: float = 1.0) -> dict[str, float]
             scores.accepted, scores.rejected, scores.predicted_accepted, scores.predicted_rejected
         )
     )  # fmt: skip
-    total = a.sum() + r.sum()
+    total = max(float(a.sum() + r.sum()), 1e-9)
     pairs = a.sum() * r.sum()
     below = np.cumsum(r) - r
     auc = float((a * (below + 0.5 * r)).sum() / pairs) if pairs > 0 else 0.5
@@ -74,7 +74,7 @@ def summarise(scores: Scores, rejection_weight: float = 1.0) -> dict[str, float]
     return {
         "auc": auc,
         "calibration_error": float(gap.sum() / max(weight.sum(), 1e-9)),
-        "kl": float(scores.divergence) / max(total, 1e-9),
-        "label": float(a.sum() / max(total, 1e-9)),
-        "prediction": float((pa.sum() + pr.sum()) / max(total, 1e-9)),
+        "kl": float(scores.divergence) / total,
+        "label": float(a.sum()) / total,
+        "prediction": float(pa.sum() + pr.sum()) / total,
     }

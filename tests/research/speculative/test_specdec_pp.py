@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from inference.drafter import Context, NoDrafter, Target
@@ -15,6 +16,7 @@ from models import acceptance_head, decoder, params
 from models.acceptance_head import AcceptanceConfig
 from ops.sampling import SamplingParams
 from research.speculative.specdec_pp.drafter import RejectionRisk, specdec
+from research.speculative.specdec_pp.objective import acceptance_loss
 from research.speculative.specdec_pp.oracle import OracleDraftModel
 from tests.inference.models import NEW, config, engine, prefilled, prompts, weights
 from tests.inference.test_drafters import SAMPLED, TINY, p_value
@@ -189,14 +191,31 @@ def test_the_draft_models_cache_is_the_one_recomputed():
     assert lags == {1, 2}
 
 
-def test_a_head_that_always_accepts_drives_rounds_to_the_longest():
-    """Labels of a model that drafts for itself are all 1; a head that learnt them never stops."""
-    sure = head().replace(out=head().out.replace(w=0 * head().out.w, b=jnp.asarray([-9.0, 9.0])))
-    model, learnt = specdec(CFG, weights(CFG), CFG, sure, HEAD, Limits.make(0.1, 1, LENGTH))
+def test_a_head_trained_on_its_own_target_drives_rounds_to_the_longest():
+    """Labels of a model that drafts for itself are all 1: the head learns never to stop."""
+    tokens = jnp.asarray([prompt * 5 for prompt in prompts(*[4] * 16)], jnp.int32)
+    hidden = jax.jit(lambda p: decoder.forward(p, CFG, tokens).hidden)(weights(CFG))
+    labels = jnp.ones(tokens.shape)
+    optimizer = optax.adam(0.03)
+
+    def step(carry: Any, _: Any) -> Any:
+        learnt, state = carry
+        slopes = jax.grad(
+            lambda p: acceptance_loss(acceptance_head.logits(p, HEAD, hidden), labels, 6.0)
+        )(learnt)
+        updates, state = optimizer.update(slopes, state)
+        return (optax.apply_updates(learnt, updates), state), None
+
+    start = params.init(acceptance_head.specs(HEAD, CFG), jax.random.key(7))
+    train = jax.jit(lambda p: jax.lax.scan(step, (p, optimizer.init(p)), length=60)[0][0])
+    bounds = Limits.make(0.1, 1, LENGTH)
+    model, learnt = specdec(CFG, weights(CFG), CFG, train(start), HEAD, bounds)
     model = AdaptiveDraftModel(CFG, LENGTH, rule=model.rule)
     got = generate(model, learnt, SamplingParams.make(1.0))
     np.testing.assert_array_equal(got.stats.discarded, 0)
     np.testing.assert_array_equal(got.stats.drafted, LENGTH * got.stats.rounds)
+    before = generate(model, learnt.replace(rule=start), SamplingParams.make(1.0)).stats
+    assert before.drafted.sum() < LENGTH * before.rounds.sum()
 
 
 @pytest.mark.parametrize("rule", ["head", "oracle"])
