@@ -203,6 +203,7 @@ def decode_round(
         index=state.length,
         draft_probs=draft.probs if rule in (None, draft.mode) else None,
         max_depth=draft.max_depth,
+        transfer=draft.transfer if rule in (None, draft.mode) else None,
     )
     text = emitted_tokens(draft.tokens, verdict)
     n_emit, ended = _kept(text, verdict.num_accepted, state, eos)
