@@ -273,7 +273,7 @@ class Batching:
     def _decode(self, slots: list[int], extent: int) -> None:
         """Some rounds of the chosen rows, of the whole pool if the scheduler does not choose."""
         engine = self.engine
-        rule = engine.rule or (None if self._uses["sampled"] else "greedy")
+        rule = engine.verification(self._uses["sampled"])
         rows = list(range(len(self._rows)))
         if self.scheduler.batch is not None:
             # Always as many rows: where fewer are unfinished, free ones fill up.

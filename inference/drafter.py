@@ -25,7 +25,8 @@ class Draft:
 
     ``mode`` names the verification rule that fits how the tokens were chosen (``ops.verify``):
     ``deterministic`` for a fixed candidate set, ``chain``, ``swor`` or ``with_replacement`` for
-    tokens drawn from ``probs``, which then holds the law each node's children were drawn from.
+    tokens drawn from ``probs``, which then holds the law each node's children were drawn from;
+    ``transfer``, with its settings, for a chain towards which the target is pulled.
     """
 
     tokens: Any  # (b, n) int32, -1 where not valid
@@ -34,6 +35,7 @@ class Draft:
     mask: Any  # (b, n, n) bool, ancestor or self
     valid: Any  # (b, n) bool
     probs: Any = None  # (b, n, v) float32
+    transfer: Any = None  # ops.transfer.Transfer, for mode ``transfer``
     mode: str = struct.field(pytree_node=False, default="deterministic")
     max_depth: int | None = struct.field(pytree_node=False, default=None)  # None: n - 1
 
@@ -52,6 +54,18 @@ class Target:
 
 
 @struct.dataclass
+class DraftPrompts:
+    """What a drafter reads in place of the prompts; left-aligned, padded with -1.
+
+    Each ends with the last token of its prompt, after which both texts go on alike.
+    """
+
+    tokens: Any  # (b, p) int32
+    lengths: Any  # (b,) int32
+    capacity: int = struct.field(pytree_node=False)  # slots for them, new tokens and drafts
+
+
+@struct.dataclass
 class Request:
     """The prompts of a batch, and how to sample. Prompts are left-aligned, padded with -1."""
 
@@ -60,6 +74,7 @@ class Request:
     seeds: Any  # (b,) int32
     sampling: SamplingParams
     memory: Any = None  # state of an earlier call, for drafters that share theirs
+    draft: DraftPrompts | None = None  # for drafters that read a prompt of their own
 
 
 @struct.dataclass
@@ -77,10 +92,13 @@ class TargetOutputs:
 class Drafter(Protocol):
     """How tokens are proposed. ``needs`` is a subset of the fields of :class:`TargetOutputs`.
 
-    Three attributes are optional. ``prompt_needs`` is what ``init`` reads, where that is less than
+    Some attributes are optional. ``prompt_needs`` is what ``init`` reads, where that is less than
     ``needs`` (logits of a whole prompt are large). ``shared_state = True`` declares that the state
     belongs to all rows together and may be carried into the next call as ``Request.memory``.
     ``widths`` are narrower passes that its drafts often fit (:mod:`inference.widths`).
+    ``draft_limit`` is the longest text it can read by itself, of a drafter that takes
+    ``Request.draft``. ``verification`` names its verification rule at every temperature, also where
+    no row samples: for rules that are not lossless.
     """
 
     @property

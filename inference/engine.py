@@ -16,6 +16,7 @@ import numpy as np
 from inference.cache import Cache, check_capacity, init_cache
 from inference.drafter import (
     Drafter,
+    DraftPrompts,
     NoDrafter,
     Request,
     Target,
@@ -91,6 +92,7 @@ class Engine:
         rounds_per_call: int | None = None,
         on_progress: Callable[[list[list[int]]], None] | None = None,
         drafter_state: Any = None,
+        draft_prompts: Sequence[Sequence[int]] | None = None,
     ) -> Generation:
         """Continue each prompt by up to ``max_new_tokens`` tokens, each row as if it were alone.
 
@@ -102,10 +104,12 @@ class Engine:
             rounds_per_call: return to the host every so many rounds.
             on_progress: called then with the new tokens so far.
             drafter_state: ``Generation.drafter_state`` of an earlier call, to go on from there.
+            draft_prompts: what the drafter reads in place of each prompt, for drafters with a
+                context of their own; each must end with its prompt's last token.
 
         Raises:
             ValueError: an empty prompt, an id outside the vocabulary, a text beyond the context,
-                or a drafter state given to a drafter that keeps none.
+                or a drafter state or draft prompts given to a drafter that has no use for them.
         """
         self.check(prompts, max_new_tokens, seeds)
         if drafter_state is not None and not shares_state(self.drafter):
@@ -113,8 +117,12 @@ class Engine:
                 f"{type(self.drafter).__name__} keeps no state between calls: "
                 "leave drafter_state out."
             )
+        if draft_prompts is not None:
+            self._check_drafts(prompts, draft_prompts, max_new_tokens)
         sampling = SamplingParams.make() if sampling is None else sampling
-        state, seeds_array = self.start(prompts, max_new_tokens, sampling, seeds, drafter_state)
+        state, seeds_array = self.start(
+            prompts, max_new_tokens, sampling, seeds, drafter_state, draft_prompts=draft_prompts
+        )
         state = self.run(
             state,
             seeds_array,
@@ -137,6 +145,7 @@ class Engine:
         seeds: Sequence[int] | None = None,
         drafter_state: Any = None,
         capacity: int | None = None,
+        draft_prompts: Sequence[Sequence[int]] | None = None,
     ) -> tuple[State, jax.Array]:
         """Prefill: the loop's state before the first round, and the seeds as an array.
 
@@ -174,6 +183,7 @@ class Engine:
             sampling=sampling,
             # A copy, because the loop donates its state.
             memory=jax.tree.map(jnp.array, drafter_state),
+            draft=self._draft_prompts(draft_prompts, int(np.max(max_new_tokens))),
         )
         drafter_state = _init_drafter(
             self.drafter,
@@ -206,7 +216,7 @@ class Engine:
         """Rounds until every row is done; the bucket grows with the longest row."""
         policy = decoder.default_policy(self.cfg) if self.policy is None else self.policy
         # Greedy rows need no random numbers; leaving them out is a different program.
-        rule = self.rule or ("greedy" if np.all(np.asarray(sampling.temperature) == 0) else None)
+        rule = self.verification(bool(np.any(np.asarray(sampling.temperature) > 0)))
         max_rounds = jnp.asarray(rounds_per_call or np.iinfo(np.int32).max, jnp.int32)
         eos_array = jnp.asarray(np.asarray(eos, np.int32).reshape(-1))
         while True:
@@ -231,6 +241,41 @@ class Engine:
             )
             if after_call is not None:
                 after_call(state)
+
+    def _check_drafts(
+        self, prompts: Sequence[Sequence[int]], drafts: Sequence[Sequence[int]], new: int
+    ) -> None:
+        limit = getattr(self.drafter, "draft_limit", None)
+        if limit is None:
+            raise ValueError(
+                f"{type(self.drafter).__name__} reads the prompts: leave draft_prompts out."
+            )
+        if len(drafts) != len(prompts):
+            raise ValueError(
+                f"{len(drafts)} draft prompts for {len(prompts)} prompts: give one per prompt."
+            )
+        for i, (prompt, draft) in enumerate(zip(prompts, drafts, strict=True)):
+            if len(draft) == 0 or draft[-1] != prompt[-1]:
+                raise ValueError(f"draft prompt {i} must end with the last token of prompt {i}.")
+            if min(draft) < 0 or max(draft) >= self.cfg.vocab_size:
+                raise ValueError(
+                    f"draft prompt {i} has token ids outside 0..{self.cfg.vocab_size - 1}: "
+                    "the tokenizer is not this model's."
+                )
+            check_context(len(draft), new, limit)
+
+    def _draft_prompts(
+        self, drafts: Sequence[Sequence[int]] | None, new: int
+    ) -> DraftPrompts | None:
+        if drafts is None:
+            return None
+        longest = max(len(draft) for draft in drafts)
+        tokens = np.full((len(drafts), bucket(longest, 16)), -1, np.int32)
+        for row, draft in zip(tokens, drafts, strict=True):
+            row[: len(draft)] = draft
+        capacity = bucket(max(tokens.shape[1], longest + new) + self.drafter.width + 1, 16)
+        lengths = jnp.asarray([len(draft) for draft in drafts], jnp.int32)
+        return DraftPrompts(jnp.asarray(tokens), lengths, capacity)
 
     def _prefill(
         self,
@@ -267,6 +312,10 @@ class Engine:
 
     def _empty_cache(self, batch: int, capacity: int, dtype: Any, key_width: int) -> Cache:
         return init_cache(self.cfg, batch, capacity, dtype, key_width)
+
+    def verification(self, sampled: bool) -> str | None:
+        """The rule in place of the drafts' own; ``sampled``: whether any row has a temperature."""
+        return self.rule or getattr(self.drafter, "verification", None if sampled else "greedy")
 
     def narrower(self) -> tuple[int, ...]:
         """The passes narrower than the drafter's that the loop holds."""

@@ -219,6 +219,7 @@ def decode_round(
                 index=state.length,
                 draft_probs=scored.probs if rule in (None, draft.mode) else None,
                 max_depth=scored.max_depth,
+                transfer=draft.transfer if rule in (None, draft.mode) else None,
             )
             state = dataclasses.replace(state, cache=cache)
             return _commit(drafter, drafter_params, state, draft, verdict, outputs, eos)

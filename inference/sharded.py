@@ -93,11 +93,12 @@ class ShardedEngine(Engine):
         seeds: Sequence[int] | None = None,
         drafter_state: Any = None,
         capacity: int | None = None,
+        draft_prompts: Sequence[Sequence[int]] | None = None,
     ) -> tuple[State, jax.Array]:
         """See :meth:`Engine.start`; the state lies on the mesh."""
         with jax.set_mesh(self.mesh):
             state, seeds_array = super().start(
-                prompts, max_new_tokens, sampling, seeds, drafter_state, capacity
+                prompts, max_new_tokens, sampling, seeds, drafter_state, capacity, draft_prompts
             )
             return jax.device_put(
                 (state, seeds_array),

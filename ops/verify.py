@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ops.acceptance import SiblingRule, first, try_siblings, verify_chain_with_uniforms
 from ops.sampling import Number, SamplingParams, Use, request_key, sample
+from ops.transfer import Transfer, verify_transfer_greedily, verify_transfer_with_uniforms
 from ops.tree import tree_from_parents
 
 LOSSLESS: dict[str, bool] = {
@@ -33,9 +34,10 @@ LOSSLESS: dict[str, bool] = {
     "with_replacement": True,  # siblings drawn independently
     "chain": True,  # one path, each token drawn
     "typical": False,  # Medusa's typical acceptance changes the law
+    "transfer": False,  # RAPID moves the target's law towards the drafter's, unless eta is 0
 }
 
-_NEEDS_DRAFT_PROBS = ("swor", "with_replacement", "chain")
+_NEEDS_DRAFT_PROBS = ("swor", "with_replacement", "chain", "transfer")
 
 
 @struct.dataclass
@@ -191,21 +193,43 @@ def verify_tree_with_uniforms(
     return path, accepted, law, used
 
 
-def _chain_row(row: _Row, max_depth: int) -> Verdict:
-    drafted = row.tokens.shape[0] - 1
-    steps = jnp.arange(drafted)
+def _chain(row: _Row, max_depth: int) -> tuple[Array, Array]:
+    """Uniform numbers for a chain's drafted tokens, and which of these count, as a batch of one."""
+    steps = jnp.arange(row.tokens.shape[0] - 1)
     keys = jax.vmap(lambda k: request_key(row.seed, row.index + k, Use.ACCEPT))(steps)
+    valid = row.valid[1:] & (row.tokens[1:] >= 0) & (steps < max_depth)
+    return jax.vmap(jax.random.uniform)(keys)[None], valid[None]
+
+
+def _along_chain(accepted: Array, next_token: Array, max_depth: int) -> Verdict:
+    nodes = jnp.arange(max_depth + 1)
+    return Verdict(jnp.where(nodes <= accepted, nodes, -1), accepted, next_token)
+
+
+def _chain_row(row: _Row, max_depth: int) -> Verdict:
+    uniforms, valid = _chain(row, max_depth)
     accepted, law = verify_chain_with_uniforms(
         row.params.warp(row.logits)[None],
         row.draft_probs[None, :-1],
         row.tokens[None, 1:],
-        jax.vmap(jax.random.uniform)(keys)[None],
-        (row.valid[1:] & (row.tokens[1:] >= 0) & (steps < max_depth))[None],
+        uniforms,
+        valid,
     )
     key = request_key(row.seed, row.index + accepted[0], Use.RESIDUAL)
-    nodes = jnp.arange(max_depth + 1)
-    path = jnp.where(nodes <= accepted[0], nodes, -1)
-    return Verdict(path, accepted[0], sample(key, law[0]))
+    return _along_chain(accepted[0], sample(key, law[0]), max_depth)
+
+
+def _transfer_row(row: _Row, max_depth: int, transfer: Transfer) -> Verdict:
+    uniforms, valid = _chain(row, max_depth)
+    q, tokens = row.draft_probs[None, :-1], row.tokens[None, 1:]
+    accepted, law = verify_transfer_with_uniforms(
+        row.params.warp(row.logits)[None], q, tokens, uniforms, transfer, valid
+    )
+    key = request_key(row.seed, row.index + accepted[0], Use.RESIDUAL)
+    sampled = _along_chain(accepted[0], sample(key, law[0]), max_depth)
+    accepted, token = verify_transfer_greedily(row.logits[None], q, tokens, transfer, valid)
+    greedy = _along_chain(accepted[0], token[0], max_depth)
+    return jax.tree.map(lambda a, b: jnp.where(row.params.temperature > 0, a, b), sampled, greedy)
 
 
 def _typical_row(row: _Row, max_depth: int, threshold: Array, alpha: Array) -> Verdict:
@@ -235,6 +259,7 @@ _ROWS: dict[str, Callable[..., Verdict]] = {
     "with_replacement": functools.partial(_sampled_row, rule="with_replacement"),
     "chain": _chain_row,
     "typical": _typical_row,
+    "transfer": _transfer_row,
 }
 
 
@@ -251,27 +276,33 @@ def verify(
     max_depth: int | None = None,
     typical_threshold: Number = 0.09,
     typical_alpha: Number = 0.3,
+    transfer: Transfer | None = None,
 ) -> Verdict:
     """Verify one draft tree per row.
 
     Args:
-        mode: what the draft is, see :data:`LOSSLESS`. At temperature 0 every mode equals greedy.
+        mode: what the draft is, see :data:`LOSSLESS`. At temperature 0 every lossless mode equals
+            greedy.
         tokens: -1 at padding; the root's entry is not read.
-        parent: -1 at the root and at padding; for ``"chain"`` node i's parent is i - 1.
+        parent: -1 at the root and at padding; for ``"chain"`` and ``"transfer"`` node i's
+            parent is i - 1.
         valid: padding and dropped nodes are False.
         target_logits: row i predicts the successor of node i; any float type.
         params: what plain decoding would do with these logits.
         seeds: the requests' seeds.
         index: index in each row's text of the first token that is decided here (its length).
-        draft_probs: laws from which each node's children were drawn; for the sampled modes.
+        draft_probs: laws from which each node's children were drawn; for the sampled modes. For
+            ``"transfer"`` in rows of temperature 0 they are the drafter's laws at temperature 1.
         max_depth: longest path considered, static; by default n - 1. Deeper nodes are ignored.
         typical_threshold: Medusa's epsilon; traced.
         typical_alpha: Medusa's delta; traced.
+        transfer: how far ``"transfer"`` goes.
 
     A row's verdict depends on that row alone. The draws are keyed by seed and token index.
 
     Raises:
-        ValueError: an unknown mode, ``draft_probs`` missing or superfluous, or a negative depth.
+        ValueError: an unknown mode, ``draft_probs`` or ``transfer`` missing or superfluous, or a
+            negative depth.
     """
     if mode not in LOSSLESS:
         raise ValueError(f"unknown verifier mode {mode!r}: choose one of {', '.join(LOSSLESS)}.")
@@ -281,6 +312,8 @@ def verify(
             "the laws of sampled children; a fixed set of children is 'deterministic'."
         )
     batch, n = tokens.shape
+    if (transfer is not None) != (mode == "transfer"):
+        raise ValueError("mode 'transfer' needs its settings as transfer, other modes take none.")
     if max_depth is not None and max_depth < 0:
         raise ValueError(f"max_depth must not be negative, got {max_depth}.")
     depth = n - 1 if max_depth is None else min(max_depth, n - 1)
@@ -298,6 +331,8 @@ def verify(
     if mode == "typical":
         limits = [jnp.asarray(x, jnp.float32) for x in (typical_threshold, typical_alpha)]
         decide = functools.partial(decide, threshold=limits[0], alpha=limits[1])
+    if mode == "transfer":
+        decide = functools.partial(decide, transfer=transfer)
     return jax.vmap(decide)(rows)
 
 

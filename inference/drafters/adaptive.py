@@ -61,7 +61,7 @@ class AdaptiveParams:
 class AdaptiveState(DraftModelState):
     """The draft model's state, and the most tokens of each row's next draft."""
 
-    allowed: Any  # (b,) int32
+    allowed: Any = None  # (b,) int32
 
 
 @runtime_checkable
@@ -217,7 +217,7 @@ class AdaptiveDraftModel(DraftModel):
         state = super().init(params.model, target, request, prompt, capacity)
         first = self.length if self.first_length is None else self.first_length
         allowed = jnp.full(request.lengths.shape, first, jnp.int32)
-        return AdaptiveState(state.cache, state.missing, allowed)
+        return AdaptiveState(state.cache, state.missing, state.ahead, state.own_prompts, allowed)
 
     def propose(
         self,
@@ -231,6 +231,7 @@ class AdaptiveDraftModel(DraftModel):
         """The first token from all that is new to the model, then one by one while rows go on."""
         batch = root.shape[0]
         hidden, logits, own = self._read_text(params.model, state, context)
+        extent = own.extent(context)
         draft = _Drafted(
             own.cache,
             self.rule.begin(batch),
@@ -250,7 +251,7 @@ class AdaptiveDraftModel(DraftModel):
 
         def step(count: Array, draft: _Drafted) -> Any:
             newest = jax.lax.dynamic_slice_in_dim(draft.tokens, count - 1, 1, axis=1)
-            hidden, logits, cache = self._run(params.model, draft.cache, newest, context.extent)
+            hidden, logits, cache = self._run(params.model, draft.cache, newest, extent)
             return draw(count, hidden[:, 0], logits[:, 0], dataclasses.replace(draft, cache=cache))
 
         going = jnp.ones((batch,), bool) if context.done is None else ~context.done
@@ -281,7 +282,7 @@ class AdaptiveDraftModel(DraftModel):
         allowed = self.rule.allow(state.allowed, drafted, n - 1)
         allowed = jnp.minimum(allowed, self.length)
         allowed = jnp.where(n > 0, allowed, state.allowed)
-        return AdaptiveState(kept.cache, kept.missing, allowed)
+        return dataclasses.replace(state, cache=kept.cache, allowed=allowed)
 
 
 def _ends(token: Int[Array, " b"], context: Context) -> Bool[Array, " b"]:

@@ -29,6 +29,12 @@ class DraftModelState:
 
     cache: Cache
     missing: Any  # (b,) int32, 1 or 2 when drafting: the root, or it and the one before
+    ahead: Any  # (b,) int32, by how much the text is longer than what the draft model reads
+    own_prompts: bool = struct.field(pytree_node=False, default=False)
+
+    def extent(self, context: Context) -> int | None:
+        """Slots that attention reads: measured on the text, unless the prompts are other ones."""
+        return None if self.own_prompts else context.extent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +64,11 @@ class DraftModel:
         """Most drafted tokens that one round can accept."""
         return self.length
 
+    @property
+    def draft_limit(self) -> int:
+        """The longest text that the draft model can read."""
+        return self.cfg.max_length
+
     def init(
         self,
         params: decoder.Params,
@@ -66,9 +77,12 @@ class DraftModel:
         prompt: TargetOutputs,
         capacity: int,
     ) -> DraftModelState:
-        """The draft model's own pass over the prompt but its last token."""
+        """The draft model's own pass over the prompt, or its own one, but the last token."""
         check_vocabulary(self.cfg, target.cfg)
-        batch, size = request.tokens.shape
+        own: Any = request
+        if request.draft is not None:
+            own, capacity = request.draft, request.draft.capacity
+        batch, size = own.tokens.shape
         cache = init_cache(self.cfg, batch, capacity, params.final_norm.scale.dtype)
         policy = decoder.default_policy(self.cfg)
         cache, _ = prefill_chunk(
@@ -76,13 +90,16 @@ class DraftModel:
             self.cfg,
             policy,
             cache,
-            request.tokens,
-            request.lengths - 1,
+            own.tokens,
+            own.lengths - 1,
             None,
             extent=size,
             outputs=frozenset(),
         )
-        return DraftModelState(cache.end_prefill(), jnp.ones((batch,), jnp.int32))
+        ahead = request.lengths - own.lengths
+        return DraftModelState(
+            cache.end_prefill(), jnp.ones((batch,), jnp.int32), ahead, request.draft is not None
+        )
 
     def propose(
         self,
@@ -95,11 +112,11 @@ class DraftModel:
     ) -> tuple[Draft, DraftModelState, Any]:
         """``length`` passes: the first over all that is new to the model, then token by token."""
         _, logits, state = self._read_text(params, state, context)
-        first = self._choose(logits, context, 0)
+        first, extent = self._choose(logits, context, 0), state.extent(context)
 
         def extend(carry: tuple[Array, Cache], i: Array) -> tuple[Any, Any]:
             token, own = carry
-            _, logits, own = self._run(params, own, token[:, None], context.extent)
+            _, logits, own = self._run(params, own, token[:, None], extent)
             chosen = self._choose(logits[:, 0], context, i)
             return (chosen[0], own), chosen
 
@@ -132,11 +149,11 @@ class DraftModel:
         """Run the one or two tokens that are new to the model: hidden state and logits of the root.
 
         The state that comes with them has its own type."""
-        own, missing = state.cache, context.length - state.cache.length
-        recent = jnp.take_along_axis(
-            context.tokens, own.length[:, None] + jnp.arange(2)[None], axis=1
-        )
-        hidden, logits, own = self._run(params, own, jnp.maximum(recent, 0), context.extent)
+        own, seen = state.cache, state.cache.length + state.ahead
+        missing = context.length - seen
+        recent = jnp.take_along_axis(context.tokens, seen[:, None] + jnp.arange(2)[None], axis=1)
+        tokens = jnp.maximum(recent, 0)
+        hidden, logits, own = self._run(params, own, tokens, state.extent(context))
         newest = missing[:, None, None] - 1
         hidden, logits = (jnp.take_along_axis(x, newest, axis=1)[:, 0] for x in (hidden, logits))
         # Where one token was missing, the second slot holds padding and is used again.

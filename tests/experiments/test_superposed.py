@@ -25,6 +25,7 @@ def settings(folder: pathlib.Path) -> superposed.Settings:
         new_tokens=4,
         drafts=2,
         max_order=4,
+        timed=True,
     )
 
 
@@ -42,6 +43,7 @@ def test_the_experiment_runs(folder: pathlib.Path) -> None:
     assert ours["linearity"][0]["raw"]["mean"] == pytest.approx(1, abs=1e-4)
     assert ours["linearity"][0]["centred"]["mean"] == pytest.approx(1, abs=1e-4)
     assert len(ours["linearity"]) == 4
+    assert ours["seconds"]["mean"] > 0
     assert by["greedy"]["best"]["mean"] == by["greedy"]["mean"]["mean"]
     answers = statements.answer(rows, superposed.STATEMENTS, 1)
     assert all(a["holds"] is not None for a in answers) and answers[3]["holds"]
