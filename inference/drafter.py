@@ -20,6 +20,18 @@ from ops.tree import StaticTree
 
 
 @struct.dataclass
+class Resume:
+    """Where the target's pass over a draft goes on, for drafts made with its own lower layers.
+
+    Layers below ``layer`` have run on every node: their cache entries lie in the scratch slots
+    that the nodes are about to take.
+    """
+
+    hidden: Any  # (b, n, width), the stream after ``layer`` layers
+    layer: Any  # int32, the first layer still to run
+
+
+@struct.dataclass
 class Draft:
     """A padded tree of drafted tokens; node 0 is the root, the last token already certain.
 
@@ -34,6 +46,8 @@ class Draft:
     mask: Any  # (b, n, n) bool, ancestor or self
     valid: Any  # (b, n) bool
     probs: Any = None  # (b, n, v) float32
+    resume: Resume | None = None
+    layer_passes: Any = None  # (b,) float32, layers of the target that drafting ran in turn
     mode: str = struct.field(pytree_node=False, default="deterministic")
     max_depth: int | None = struct.field(pytree_node=False, default=None)  # None: n - 1
 
@@ -49,6 +63,7 @@ class Target:
 
     params: Any
     cfg: Config = struct.field(pytree_node=False)
+    policy: Any = None  # how its queries meet keys, for drafters that run its layers
 
 
 @struct.dataclass
@@ -80,6 +95,7 @@ class Drafter(Protocol):
     Two attributes are optional. ``prompt_needs`` is what ``init`` reads, where that is less than
     ``needs`` (logits of a whole prompt are large). ``shared_state = True`` declares that the state
     belongs to all rows together and may be carried into the next call as ``Request.memory``.
+    A drafter that searches on the host between rounds is a :class:`Tuned` one.
     """
 
     @property
@@ -127,6 +143,19 @@ class Drafter(Protocol):
         ...
 
 
+@runtime_checkable
+class Tuned(Protocol):
+    """What a drafter adds that changes its state on the host, between rounds."""
+
+    def rounds_to_tuning(self, params: Any, state: Any) -> int:
+        """Rounds from now after which ``tune`` wants to be called; 0: not any more."""
+        ...
+
+    def tune(self, params: Any, state: Any, target: Target, cache: Any, context: "Context") -> Any:
+        """The new state. The cache is read only; arrays are concrete."""
+        ...
+
+
 @struct.dataclass
 class Context:
     """Text so far and the sampling in force, for drafters that look at them."""
@@ -135,6 +164,8 @@ class Context:
     length: Any  # (b,) int32
     seeds: Any  # (b,) int32
     sampling: SamplingParams
+    limit: Any = None  # (b,) int32, final length at most
+    eos: Any = None  # (e,) int32, ids that end a row
     extent: int | None = struct.field(pytree_node=False, default=None)  # slots that hold all text
 
 

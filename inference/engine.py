@@ -15,11 +15,13 @@ import numpy as np
 
 from inference.cache import Cache, check_capacity, init_cache
 from inference.drafter import (
+    Context,
     Drafter,
     NoDrafter,
     Request,
     Target,
     TargetOutputs,
+    Tuned,
     prompt_needs,
     shares_state,
 )
@@ -163,7 +165,7 @@ class Engine:
         drafter_state = _init_drafter(
             self.drafter,
             self.drafter_params,
-            Target(self.params, self.cfg),
+            Target(self.params, self.cfg, policy),
             request,
             outputs,
             capacity,
@@ -188,17 +190,21 @@ class Engine:
         rounds_per_call: int | None = None,
         after_call: Callable[[State], None] | None = None,
     ) -> State:
-        """Rounds until every row is done; the bucket grows with the longest row."""
+        """Rounds until every row is done; the bucket grows with the longest row.
+
+        A drafter that is tuned on the host gets its turn between calls of the compiled loop.
+        """
         policy = decoder.default_policy(self.cfg) if self.policy is None else self.policy
         # Greedy rows need no random numbers; leaving them out is a different program.
         rule = self.rule or ("greedy" if np.all(np.asarray(sampling.temperature) == 0) else None)
-        max_rounds = jnp.asarray(rounds_per_call or np.iinfo(np.int32).max, jnp.int32)
+        rounds = rounds_per_call or np.iinfo(np.int32).max
         eos_array = jnp.asarray(np.asarray(eos, np.int32).reshape(-1))
         while True:
             done, length = (np.asarray(x) for x in (state.done, state.cache.length))
             if done.all():
                 return state
             needed = int(length[~done].max()) + self.drafter.width
+            untuned = self._rounds_to_tuning(state)
             state = decode_rounds(
                 self.params,
                 self.cfg,
@@ -209,12 +215,27 @@ class Engine:
                 seeds,
                 sampling,
                 eos_array,
-                max_rounds,
+                jnp.asarray(min(rounds, untuned or rounds), jnp.int32),
                 extent=self._extent(needed, state.cache.capacity),
                 rule=rule,
             )
+            if untuned:
+                context = Context(
+                    state.tokens, state.length, seeds, sampling, state.limit, eos_array
+                )
+                target = Target(self.params, self.cfg, policy)
+                tuned = self.drafter.tune(
+                    self.drafter_params, state.drafter, target, state.cache, context
+                )
+                state = dataclasses.replace(state, drafter=tuned)
             if after_call is not None:
                 after_call(state)
+
+    def _rounds_to_tuning(self, state: State) -> int:
+        """See :class:`inference.drafter.Tuned`; 0 for a drafter that is not tuned."""
+        if not isinstance(self.drafter, Tuned):
+            return 0
+        return self.drafter.rounds_to_tuning(self.drafter_params, state.drafter)
 
     def _prefill(
         self,

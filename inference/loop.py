@@ -33,6 +33,7 @@ class Stats:
     accepted: Any  # (b,) int32, proposed tokens that were right, before any truncation
     emitted: Any  # (b,) int32, tokens added to the text
     by_depth: Any  # (b, d) int32, rounds in which more than d drafted tokens were accepted
+    layer_passes: Any  # (b,) float32, layers of the target run in turn, drafting included
 
     @property
     def discarded(self) -> Int[Array | np.ndarray, " b"]:
@@ -62,7 +63,11 @@ def init_stats(batch: int, depth: int) -> Stats:
     def zeros(*shape: int) -> Array:
         return jnp.zeros(shape, jnp.int32)
 
-    return Stats(*(zeros(batch) for _ in range(4)), by_depth=zeros(batch, depth))
+    return Stats(
+        *(zeros(batch) for _ in range(4)),
+        by_depth=zeros(batch, depth),
+        layer_passes=jnp.zeros(batch, jnp.float32),
+    )
 
 
 @functools.partial(
@@ -188,7 +193,7 @@ def decode_round(
 ) -> State:
     """One round: draft, one target pass, verify, commit, observe."""
     draft, drafter_state, cache = propose(
-        params, cfg, drafter, drafter_params, state, seeds, sampling, extent
+        params, cfg, drafter, drafter_params, state, seeds, sampling, extent, policy, eos
     )
     cache, out = score_draft(params, cfg, policy, cache, draft, state.limit, extent, drafter.needs)
     logits = decoder.unembed(params, cfg, out.hidden)
@@ -225,7 +230,7 @@ def decode_round(
         done=state.done | ended | (length >= state.limit),
         cache=cache,
         drafter=drafter_state,
-        stats=_count(state, draft, verdict.num_accepted, n_emit),
+        stats=_count(state, draft, verdict.num_accepted, n_emit, cfg.num_layers),
     )
 
 
@@ -238,12 +243,14 @@ def propose(
     seeds: Int[Array, " b"],
     sampling: SamplingParams,
     extent: int | None,
+    policy: Any = None,
+    eos: Int[Array, " e"] | None = None,
 ) -> tuple[Draft, Any, Cache]:
     """The first step of a round: the draft, the drafter's new state, the target's cache."""
     root = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
-    context = Context(state.tokens, state.length, seeds, sampling, extent)
+    context = Context(state.tokens, state.length, seeds, sampling, state.limit, eos, extent)
     return drafter.propose(
-        drafter_params, state.drafter, Target(params, cfg), state.cache, root, context
+        drafter_params, state.drafter, Target(params, cfg, policy), state.cache, root, context
     )
 
 
@@ -257,7 +264,10 @@ def score_draft(
     extent: int | None,
     needs: frozenset[str],
 ) -> tuple[Cache, decoder.Output]:
-    """The target's pass over a draft: its nodes become scratch entries under the tree mask."""
+    """The target's pass over a draft: its nodes become scratch entries under the tree mask.
+
+    Where the draft says from which layer to resume, the layers below have run.
+    """
     positions = cache.next_position[:, None] + draft.depth
     tree_start = cache.length + cache.scratch
     cache, start = cache.append_scratch(positions)
@@ -271,10 +281,14 @@ def score_draft(
         extent=extent,
         mode="decode",
     )
+    source: dict[str, Any] = {"tokens": jnp.maximum(draft.tokens, 0)}
+    if draft.resume is not None:
+        layers = decoder.LayerChoice(start=draft.resume.layer)
+        source = {"embeds": draft.resume.hidden, "layers": layers}
     out = decoder.forward(
         params,
         cfg,
-        jnp.maximum(draft.tokens, 0),
+        **source,
         step=step,
         policy=policy,
         cache=cache.layers,
@@ -295,14 +309,16 @@ def _kept(
     return jnp.where(state.done, 0, count).astype(jnp.int32), ended
 
 
-def _count(state: State, draft: Draft, accepted: Array, n_emit: Array) -> Stats:
+def _count(state: State, draft: Draft, accepted: Array, n_emit: Array, layers: int) -> Stats:
     live = (~state.done).astype(jnp.int32)
     stats = state.stats
     depth = jnp.arange(stats.by_depth.shape[1])[None]
+    drafting = 0.0 if draft.layer_passes is None else draft.layer_passes
     return Stats(
         rounds=stats.rounds + live,
         drafted=stats.drafted + live * (jnp.sum(draft.valid, axis=1) - 1),
         accepted=stats.accepted + live * accepted,
         emitted=stats.emitted + n_emit,
         by_depth=stats.by_depth + live[:, None] * (accepted[:, None] > depth),
+        layer_passes=stats.layer_passes + live * (layers + drafting),
     )
