@@ -220,22 +220,26 @@ class Engine:
                 rule=rule,
             )
             if untuned:
-                context = Context(
-                    state.tokens, state.length, seeds, sampling, state.limit, eos_array
-                )
-                target = Target(self.params, self.cfg, policy)
-                tuned = self.drafter.tune(
-                    self.drafter_params, state.drafter, target, state.cache, context
-                )
-                state = dataclasses.replace(state, drafter=tuned)
+                state = self._tuned(state, policy, seeds, sampling, eos_array)
             if after_call is not None:
                 after_call(state)
 
     def _rounds_to_tuning(self, state: State) -> int:
         """See :class:`inference.drafter.Tuned`; 0 for a drafter that is not tuned."""
-        if not isinstance(self.drafter, Tuned):
+        drafter = self.drafter
+        if not isinstance(drafter, Tuned):
             return 0
-        return self.drafter.rounds_to_tuning(self.drafter_params, state.drafter)
+        return drafter.rounds_to_tuning(self.drafter_params, state.drafter)
+
+    def _tuned(
+        self, state: State, policy: Any, seeds: jax.Array, sampling: SamplingParams, eos: jax.Array
+    ) -> State:
+        """The state after the drafter's turn on the host."""
+        drafter: Any = self.drafter
+        context = Context(state.tokens, state.length, seeds, sampling, state.limit, eos)
+        target = Target(self.params, self.cfg, policy)
+        tuned = drafter.tune(self.drafter_params, state.drafter, target, state.cache, context)
+        return dataclasses.replace(state, drafter=tuned)
 
     def _prefill(
         self,
