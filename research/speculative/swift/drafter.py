@@ -313,7 +313,9 @@ class SwiftDrafter:
         law = jnp.where(hot, law, 1.0 / logits.shape[-1])
 
         def draw(seed: Array, at: Array, law: Array) -> tuple[Array, Array]:
-            return sample_without_replacement(request_key(seed, at + i, Use.DRAFT), law, k)
+            # Depth as sibling: draws that were not decided on may have changed how many leaves
+            # fit, so the same index needs a fresh draw in a later round.
+            return sample_without_replacement(request_key(seed, at + i, Use.DRAFT, i), law, k)
 
         drawn, there = jax.vmap(draw)(context.seeds, context.length, law)
         drawn = jnp.maximum(drawn, 0)
