@@ -40,6 +40,14 @@ class DenseLayer:
         k, v = self.k[:, :, :extent], self.v[:, :, :extent]
         return jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
 
+    def entries(
+        self, start: Int[Array, " b"], t: int
+    ) -> tuple[Float[Array, "b t g d"], Float[Array, "b t g dv"]]:
+        """The ``t`` entries from each row's slot ``start`` on, which an append would replace."""
+        slots = start[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
+        k, v = take_slots(self.k, slots), take_slots(self.v, slots)
+        return jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+
     def write(
         self,
         slots: Int[Array, "b t"],
@@ -120,6 +128,16 @@ class Cache:
     def rollback(self, scratch: Int[Array, " b"]) -> "Cache":
         """Forget scratch entries beyond the first ``scratch`` of each row."""
         return dataclasses.replace(self, scratch=jnp.minimum(self.scratch, scratch))
+
+    def up_to(self, length: Int[Array, " b"]) -> "Cache":
+        """The cache as it was when each row held ``length`` entries, at least one.
+
+        Later entries count as stale. For passes that look back: what is written into this cache
+        takes the place of entries that the original still has.
+        """
+        last = jnp.take_along_axis(self.positions, length[:, None] - 1, axis=1)[:, 0]
+        none = jnp.zeros_like(self.scratch)
+        return dataclasses.replace(self, length=length, scratch=none, next_position=last + 1)
 
     def end_prefill(self) -> "Cache":
         """Called once when the prompt is in: codecs compress here, a dense cache does nothing."""

@@ -20,6 +20,18 @@ from ops.tree import StaticTree
 
 
 @struct.dataclass
+class Resume:
+    """Where the target's pass over a draft goes on, for drafts made with its own lower layers.
+
+    Layers below ``layer`` have run on every node: their cache entries lie in the scratch slots
+    that the nodes are about to take.
+    """
+
+    hidden: Any  # (b, n, width), the stream after ``layer`` layers
+    layer: Any  # int32, the first layer still to run
+
+
+@struct.dataclass
 class Draft:
     """A padded tree of drafted tokens; node 0 is the root, the last token already certain.
 
@@ -36,6 +48,8 @@ class Draft:
     valid: Any  # (b, n) bool
     probs: Any = None  # (b, n, v) float32
     transfer: Any = None  # ops.transfer.Transfer, for mode ``transfer``
+    resume: Resume | None = None
+    layer_passes: Any = None  # (b,) float32, layers of the target that drafting ran in turn
     mode: str = struct.field(pytree_node=False, default="deterministic")
     max_depth: int | None = struct.field(pytree_node=False, default=None)  # None: n - 1
 
@@ -51,6 +65,7 @@ class Target:
 
     params: Any
     cfg: Config = struct.field(pytree_node=False)
+    policy: Any = None  # how its queries meet keys, for drafters that run its layers
 
 
 @struct.dataclass
@@ -99,6 +114,7 @@ class Drafter(Protocol):
     ``draft_limit`` is the longest text it can read by itself, of a drafter that takes
     ``Request.draft``. ``verification`` names its verification rule at every temperature, also where
     no row samples: for rules that are not lossless.
+    A drafter that searches on the host between rounds is a :class:`Tuned` one.
     """
 
     @property
@@ -146,6 +162,19 @@ class Drafter(Protocol):
         ...
 
 
+@runtime_checkable
+class Tuned(Protocol):
+    """What a drafter adds that changes its state on the host, between rounds."""
+
+    def rounds_to_tuning(self, params: Any, state: Any) -> int:
+        """Rounds from now after which ``tune`` wants to be called; 0: not any more."""
+        ...
+
+    def tune(self, params: Any, state: Any, target: Target, cache: Any, context: "Context") -> Any:
+        """The new state. The cache is read only; arrays are concrete."""
+        ...
+
+
 @struct.dataclass
 class Context:
     """Text so far and the sampling in force, for drafters that look at them."""
@@ -154,9 +183,10 @@ class Context:
     length: Any  # (b,) int32
     seeds: Any  # (b,) int32
     sampling: SamplingParams
+    limit: Any = None  # (b,) int32, final length at most
+    eos: Any = None  # (e,) int32, ids that end a row; None: none does
     extent: int | None = struct.field(pytree_node=False, default=None)  # slots that hold all text
     done: Any = None  # (b,) bool: rows that need no draft any more; None: all do
-    eos: Any = None  # (e,) ids that end a text; None: none does
 
 
 def prompt_needs(drafter: Drafter) -> frozenset[str]:

@@ -14,13 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from inference.cache import Cache, check_capacity, init_cache
+from inference.checks import check_context, check_drafts, check_prompts
 from inference.drafter import (
+    Context,
     Drafter,
     DraftPrompts,
     NoDrafter,
     Request,
     Target,
     TargetOutputs,
+    Tuned,
     narrower_widths,
     prompt_needs,
     shares_state,
@@ -118,7 +121,7 @@ class Engine:
                 "leave drafter_state out."
             )
         if draft_prompts is not None:
-            self._check_drafts(prompts, draft_prompts, max_new_tokens)
+            check_drafts(self.drafter, prompts, draft_prompts, max_new_tokens, self.cfg.vocab_size)
         sampling = SamplingParams.make() if sampling is None else sampling
         state, seeds_array = self.start(
             prompts, max_new_tokens, sampling, seeds, drafter_state, draft_prompts=draft_prompts
@@ -188,7 +191,7 @@ class Engine:
         drafter_state = _init_drafter(
             self.drafter,
             self.drafter_params,
-            Target(self.params, self.cfg),
+            Target(self.params, self.cfg, policy),
             request,
             outputs,
             capacity,
@@ -213,17 +216,21 @@ class Engine:
         rounds_per_call: int | None = None,
         after_call: Callable[[State], None] | None = None,
     ) -> State:
-        """Rounds until every row is done; the bucket grows with the longest row."""
+        """Rounds until every row is done; the bucket grows with the longest row.
+
+        A drafter that is tuned on the host gets its turn between calls of the compiled loop.
+        """
         policy = decoder.default_policy(self.cfg) if self.policy is None else self.policy
         # Greedy rows need no random numbers; leaving them out is a different program.
         rule = self.verification(bool(np.any(np.asarray(sampling.temperature) > 0)))
-        max_rounds = jnp.asarray(rounds_per_call or np.iinfo(np.int32).max, jnp.int32)
+        rounds = rounds_per_call or np.iinfo(np.int32).max
         eos_array = jnp.asarray(np.asarray(eos, np.int32).reshape(-1))
         while True:
             done, length = (np.asarray(x) for x in (state.done, state.cache.length))
             if done.all():
                 return state
             needed = int(length[~done].max()) + self.drafter.width
+            untuned = self._rounds_to_tuning(state)
             state = decode_rounds(
                 self.params,
                 self.cfg,
@@ -234,35 +241,15 @@ class Engine:
                 seeds,
                 sampling,
                 eos_array,
-                max_rounds,
+                jnp.asarray(min(rounds, untuned or rounds), jnp.int32),
                 extent=self.extent(needed, state.cache.capacity),
                 rule=rule,
                 widths=self.narrower(),
             )
+            if untuned:
+                state = self._tuned(state, policy, seeds, sampling, eos_array)
             if after_call is not None:
                 after_call(state)
-
-    def _check_drafts(
-        self, prompts: Sequence[Sequence[int]], drafts: Sequence[Sequence[int]], new: int
-    ) -> None:
-        limit = getattr(self.drafter, "draft_limit", None)
-        if limit is None:
-            raise ValueError(
-                f"{type(self.drafter).__name__} reads the prompts: leave draft_prompts out."
-            )
-        if len(drafts) != len(prompts):
-            raise ValueError(
-                f"{len(drafts)} draft prompts for {len(prompts)} prompts: give one per prompt."
-            )
-        for i, (prompt, draft) in enumerate(zip(prompts, drafts, strict=True)):
-            if len(draft) == 0 or draft[-1] != prompt[-1]:
-                raise ValueError(f"draft prompt {i} must end with the last token of prompt {i}.")
-            if min(draft) < 0 or max(draft) >= self.cfg.vocab_size:
-                raise ValueError(
-                    f"draft prompt {i} has token ids outside 0..{self.cfg.vocab_size - 1}: "
-                    "the tokenizer is not this model's."
-                )
-            check_context(len(draft), new, limit)
 
     def _draft_prompts(
         self, drafts: Sequence[Sequence[int]] | None, new: int
@@ -276,6 +263,23 @@ class Engine:
         capacity = bucket(max(tokens.shape[1], longest + new) + self.drafter.width + 1, 16)
         lengths = jnp.asarray([len(draft) for draft in drafts], jnp.int32)
         return DraftPrompts(jnp.asarray(tokens), lengths, capacity)
+
+    def _rounds_to_tuning(self, state: State) -> int:
+        """See :class:`inference.drafter.Tuned`; 0 for a drafter that is not tuned."""
+        drafter = self.drafter
+        if not isinstance(drafter, Tuned):
+            return 0
+        return drafter.rounds_to_tuning(self.drafter_params, state.drafter)
+
+    def _tuned(
+        self, state: State, policy: Any, seeds: jax.Array, sampling: SamplingParams, eos: jax.Array
+    ) -> State:
+        """The state after the drafter's turn on the host."""
+        drafter: Any = self.drafter
+        context = Context(state.tokens, state.length, seeds, sampling, state.limit, eos)
+        target = Target(self.params, self.cfg, policy)
+        tuned = drafter.tune(self.drafter_params, state.drafter, target, state.cache, context)
+        return dataclasses.replace(state, drafter=tuned)
 
     def _prefill(
         self,
@@ -332,34 +336,9 @@ class Engine:
         seeds: Sequence[int] | None = None,
     ) -> None:
         """Raise ValueError for what :meth:`generate` would refuse."""
-        if not prompts or max_new_tokens < 0:
-            raise ValueError("give at least one prompt and a max_new_tokens of 0 or more.")
-        if seeds is not None and len(seeds) != len(prompts):
-            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one per prompt.")
         limit = self.cfg.max_length if self.context_limit is None else self.context_limit
         limit = min(limit, getattr(self.policy, "max_length", limit))
-        for i, prompt in enumerate(prompts):
-            if len(prompt) == 0:
-                raise ValueError(
-                    f"prompt {i} is empty: start it with at least one token, "
-                    "such as the start-of-text one."
-                )
-            if min(prompt) < 0 or max(prompt) >= self.cfg.vocab_size:
-                raise ValueError(
-                    f"prompt {i} has token ids outside 0..{self.cfg.vocab_size - 1}: "
-                    "the tokenizer is not this model's."
-                )
-            check_context(len(prompt), max_new_tokens, limit)
-
-
-def check_context(prompt: int, new: int, limit: int) -> None:
-    """Raise ValueError if prompt and new tokens exceed the context."""
-    if prompt + new > limit:
-        raise ValueError(
-            f"the prompt has {prompt} tokens and {new} new ones are asked for, "
-            f"beyond the context of {limit}: shorten the prompt, ask for fewer, or raise "
-            "context_limit with a position scheme that extends the model."
-        )
+        check_prompts(prompts, max_new_tokens, seeds, self.cfg.vocab_size, limit)
 
 
 def make_engine(params: decoder.Params, cfg: decoder.Config, **settings: Any) -> Engine:

@@ -35,6 +35,7 @@ class Stats:
     accepted: Any  # (b,) int32, proposed tokens that were right, before any truncation
     emitted: Any  # (b,) int32, tokens added to the text
     by_depth: Any  # (b, d) int32, rounds in which more than d drafted tokens were accepted
+    layer_passes: Any  # (b,) float32, layers of the target run in turn, drafting included
 
     @property
     def discarded(self) -> Int[Array | np.ndarray, " b"]:
@@ -64,7 +65,11 @@ def init_stats(batch: int, depth: int) -> Stats:
     def zeros(*shape: int) -> Array:
         return jnp.zeros(shape, jnp.int32)
 
-    return Stats(*(zeros(batch) for _ in range(4)), by_depth=zeros(batch, depth))
+    return Stats(
+        *(zeros(batch) for _ in range(4)),
+        by_depth=zeros(batch, depth),
+        layer_passes=jnp.zeros(batch, jnp.float32),
+    )
 
 
 @functools.partial(
@@ -197,7 +202,7 @@ def decode_round(
     The pass has the first of ``widths`` that holds the draft; see :mod:`inference.widths`.
     """
     draft, drafter_state, cache = propose(
-        params, cfg, drafter, drafter_params, state, seeds, sampling, extent, eos
+        params, cfg, drafter, drafter_params, state, seeds, sampling, extent, policy, eos
     )
     state = dataclasses.replace(state, drafter=drafter_state, cache=cache)
     sizes = check_widths(widths, draft.tokens.shape[1])
@@ -222,7 +227,9 @@ def decode_round(
                 transfer=draft.transfer if rule in (None, draft.mode) else None,
             )
             state = dataclasses.replace(state, cache=cache)
-            return _commit(drafter, drafter_params, state, draft, verdict, outputs, eos)
+            return _commit(
+                drafter, drafter_params, state, draft, verdict, outputs, eos, cfg.num_layers
+            )
 
         return run
 
@@ -254,6 +261,7 @@ def _commit(
     verdict: Verdict,
     outputs: TargetOutputs,
     eos: Int[Array, " e"],
+    layers: int,
 ) -> State:
     """Add what was accepted to the text and the cache, and let the drafter learn from it."""
     nodes = draft.tokens.shape[1]
@@ -277,7 +285,7 @@ def _commit(
         done=state.done | ended | (length >= state.limit),
         cache=cache,
         drafter=drafter_state,
-        stats=_count(state, draft, verdict.num_accepted, n_emit),
+        stats=_count(state, draft, verdict.num_accepted, n_emit, layers),
     )
 
 
@@ -295,13 +303,16 @@ def propose(
     seeds: Int[Array, " b"],
     sampling: SamplingParams,
     extent: int | None,
+    policy: Any = None,
     eos: Int[Array, " e"] | None = None,
 ) -> tuple[Draft, Any, Cache]:
     """The first step of a round: the draft, the drafter's new state, the target's cache."""
     root = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
-    context = Context(state.tokens, state.length, seeds, sampling, extent, state.done, eos)
+    context = Context(
+        state.tokens, state.length, seeds, sampling, state.limit, eos, extent, state.done
+    )
     return drafter.propose(
-        drafter_params, state.drafter, Target(params, cfg), state.cache, root, context
+        drafter_params, state.drafter, Target(params, cfg, policy), state.cache, root, context
     )
 
 
@@ -315,7 +326,10 @@ def score_draft(
     extent: int | None,
     needs: frozenset[str],
 ) -> tuple[Cache, decoder.Output]:
-    """The target's pass over a draft: its nodes become scratch entries under the tree mask."""
+    """The target's pass over a draft: its nodes become scratch entries under the tree mask.
+
+    Where the draft says from which layer to resume, the layers below have run.
+    """
     positions = cache.next_position[:, None] + draft.depth
     tree_start = cache.length + cache.scratch
     cache, start = cache.append_scratch(positions)
@@ -329,10 +343,14 @@ def score_draft(
         extent=extent,
         mode="decode",
     )
+    source: dict[str, Any] = {"tokens": jnp.maximum(draft.tokens, 0)}
+    if draft.resume is not None:
+        layers = decoder.LayerChoice(start=draft.resume.layer)
+        source = {"embeds": draft.resume.hidden, "layers": layers}
     out = decoder.forward(
         params,
         cfg,
-        jnp.maximum(draft.tokens, 0),
+        **source,
         step=step,
         policy=policy,
         cache=cache.layers,
@@ -353,14 +371,16 @@ def _kept(
     return jnp.where(state.done, 0, count).astype(jnp.int32), ended
 
 
-def _count(state: State, draft: Draft, accepted: Array, n_emit: Array) -> Stats:
+def _count(state: State, draft: Draft, accepted: Array, n_emit: Array, layers: int) -> Stats:
     live = (~state.done).astype(jnp.int32)
     stats = state.stats
     depth = jnp.arange(stats.by_depth.shape[1])[None]
+    drafting = 0.0 if draft.layer_passes is None else draft.layer_passes
     return Stats(
         rounds=stats.rounds + live,
         drafted=stats.drafted + live * (jnp.sum(draft.valid, axis=1) - 1),
         accepted=stats.accepted + live * accepted,
         emitted=stats.emitted + n_emit,
         by_depth=stats.by_depth + live[:, None] * (accepted[:, None] > depth),
+        layer_passes=stats.layer_passes + live * (layers + drafting),
     )

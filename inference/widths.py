@@ -41,8 +41,12 @@ def narrow(draft: Draft, width: int) -> Draft:
     if not draft.is_chain:
         # Left to the number of nodes where that bounds it: such a draft must not pass for a chain.
         depth = None if draft.max_depth is None or draft.max_depth >= depth else draft.max_depth
+    resume = draft.resume
+    if resume is not None:
+        resume = dataclasses.replace(resume, hidden=resume.hidden[:, :width])
     return dataclasses.replace(
         draft,
+        resume=resume,
         tokens=draft.tokens[:, :width],
         parent=draft.parent[:, :width],
         depth=draft.depth[:, :width],

@@ -52,6 +52,10 @@ class LayerCache(Protocol):
         """Keys and values (b, s, g, d) of the first ``extent`` slots (None: all)."""
         ...
 
+    def entries(self, start: Array, t: int) -> tuple[Array, Array]:
+        """Keys and values (b, t, g, d) of ``t`` slots from each row's ``start``, as they lie."""
+        ...
+
 
 @struct.dataclass
 class Attended:

@@ -1,9 +1,9 @@
 """One decoder-only transformer for the Llama, Qwen, Mistral and GPT-2 families.
 
 Pure functions over a parameter pytree. Layers of one structure are stacked into segments:
-training scans them, decoding unrolls them after :func:`unstack`. A layer is public as
-``layers.project``, ``policy.attend`` and ``layers.finish``, for methods that change the stream
-inside a layer.
+training scans them, decoding unrolls them after :func:`unstack` (:mod:`models.layer_runs`). A layer
+is public as ``layers.project``, ``policy.attend`` and ``layers.finish``, for methods that change
+the stream inside a layer.
 """
 
 import dataclasses
@@ -16,19 +16,12 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from models.attention import AttentionPolicy, DensePolicy, EmbeddingPolicy, PositionScheme, Step
-from models.layers import (
-    ACTIVATIONS,
-    Norm,
-    finish,
-    layer_specs,
-    norm_specs,
-    normalize,
-    project,
-)
+from models.layer_runs import Kept, LayerChoice, LayerRunner, run_layers
+from models.layers import ACTIVATIONS, Norm, layer_specs, norm_specs, normalize
 from models.params import Normal, ParamSpec
 from models.position_embeddings import learned, sinusoids
 from models.positions import RopeScaling
-from ops.weights import Weight, matmul, open_block, take
+from ops.weights import Weight, matmul, take
 
 NO_WINDOW = 2**30
 POSITIONS = ("rope", "learned", "sinusoidal", "alibi", "none")
@@ -205,7 +198,7 @@ def forward(
     step: Step | None = None,
     policy: AttentionPolicy | None = None,
     cache: Any = None,
-    layers: "LayerChoice | None" = None,
+    layers: LayerChoice | None = None,
     all_hidden: bool = False,
     taps: Mapping[str, Callable[[Array], Any]] | None = None,
     remat: bool = False,
@@ -218,7 +211,7 @@ def forward(
         step: positions and more; default: one document per row at positions 0, 1, ...
         policy: how queries meet keys; default :func:`default_policy`.
         cache: a sequence with one cache per layer (params must be unstacked), or None.
-        layers: which layers to run; default all. Without a cache the choice may be traced.
+        layers: which layers and sub-layers to run; default all. The choice may be traced.
         all_hidden: return every layer's output.
         taps: reducers by tap name (attn_in, attn_out_in, mlp_in, mlp_down_in), for calibration.
         remat: recompute each layer in the backward pass.
@@ -240,11 +233,8 @@ def forward(
         x = policy.embed(params, cfg, source, shared, step)
     else:
         x = embed(params, cfg, source, step.positions)
-    runner = _Runner(cfg, policy, shared, step, dict(taps or {}), all_hidden, remat)
-    if layers is not None and layers.traced:
-        x, kept = _run_chosen(runner, params, x, layers, cache, all_hidden)
-    else:
-        x, kept = _run_all(runner, params, x, layers, cache)
+    runner = LayerRunner(cfg, policy, shared, step, dict(taps or {}), all_hidden, remat)
+    x, kept = run_layers(runner, params.segments, x, layers, cache)
     hidden = normalize(x, params.final_norm, cfg.norm_eps)
     return Output(
         hidden=hidden,
@@ -256,140 +246,6 @@ def forward(
     )
 
 
-def _all_hidden(kept: "_Kept") -> Array:
+def _all_hidden(kept: Kept) -> Array:
     first = kept.first[None]
     return first if kept.hidden is None else jnp.concatenate([first, kept.hidden])
-
-
-@struct.dataclass
-class LayerChoice:
-    """Layers ``start .. stop - 1``, or the first ``count`` entries of ``kept`` in that order.
-
-    ``start`` and ``stop`` may be Python ints (resolved when tracing) or traced numbers.
-    """
-
-    start: Any = 0
-    stop: Any = None
-    kept: Any = None  # (k,) layer indices
-    count: Any = None
-
-    @property
-    def traced(self) -> bool:
-        """Whether the choice is data rather than part of the program."""
-        return self.kept is not None or not (
-            isinstance(self.start, int) and isinstance(self.stop, int | None)
-        )
-
-
-@struct.dataclass
-class _Kept:
-    """What a run over layers leaves besides the stream."""
-
-    first: Any = None
-    cache: Any = None
-    hidden: Any = None
-    taps: Any = None
-    aux: Any = None
-
-
-@dataclasses.dataclass
-class _Runner:
-    """One layer step with everything that does not change from layer to layer."""
-
-    cfg: Config
-    policy: Any
-    shared: Any
-    step: Step
-    taps: dict[str, Callable[[Array], Any]]
-    all_hidden: bool
-    remat: bool
-
-    def layer(self, x: Array, block: Any, policy_layer: Any, cache: Any) -> tuple[Array, _Kept]:
-        sums: dict[str, Any] = {}
-
-        def tap(name: str, value: Array) -> None:
-            if name in self.taps:
-                sums[name] = self.taps[name](value)
-
-        layer = open_block(block)
-        q, k, v, normed = project(layer, self.cfg, x, tap)
-        mixed = self.policy.attend(policy_layer, self.shared, q, k, v, normed, self.step, cache)
-        x = finish(layer, self.cfg, x, mixed.out, tap)
-        return x, _Kept(
-            cache=mixed.cache, hidden=x if self.all_hidden else None, taps=sums, aux=mixed.aux
-        )
-
-
-def _run_all(
-    runner: _Runner, params: Params, x: Array, layers: LayerChoice | None, cache: Any
-) -> tuple[Array, _Kept]:
-    """All layers, or a static range of them: stacked segments scanned, others unrolled."""
-    total = sum(segment.count for segment in params.segments)
-    start, stop = (layers.start, layers.stop) if layers is not None else (0, None)
-    stop = total if stop is None else stop
-    if not 0 <= start <= stop <= total:
-        raise ValueError(f"layers {start} to {stop} are not within the model's {total}.")
-    per_layer = runner.policy.per_layer(total)
-    first, index, caches, kept = x, 0, list(cache) if cache is not None else None, []
-    for segment in params.segments:
-        low, high = max(start - index, 0), min(stop - index, segment.count)
-        here = index
-        index += segment.count
-        if low >= high:
-            continue
-        chosen = _slice(per_layer, here + low, here + high)
-        if segment.stacked:
-            if caches is not None:
-                raise ValueError(
-                    "a cache needs unstacked layers: call unstack(params) once after loading."
-                )
-            x, out = _scan_segment(runner, _slice(segment.layers, low, high), chosen, x)
-        else:
-            policy_layer = jax.tree.map(lambda leaf: leaf[0], chosen)
-            x, out = runner.layer(x, segment.layers, policy_layer, caches[here] if caches else None)
-            if caches is not None:
-                caches[here] = out.cache
-            out = jax.tree.map(lambda leaf: leaf[None], dataclasses.replace(out, cache=None))
-        kept.append(dataclasses.replace(out, cache=None))
-    merged = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *kept) if kept else _Kept()
-    return x, dataclasses.replace(
-        merged, first=first, cache=tuple(caches) if caches is not None else None
-    )
-
-
-def _scan_segment(runner: _Runner, stack: Any, chosen: Any, x: Array) -> tuple[Array, _Kept]:
-    def body(x: Array, xs: tuple) -> tuple[Array, _Kept]:
-        return runner.layer(x, xs[0], xs[1], None)
-
-    return jax.lax.scan(jax.checkpoint(body) if runner.remat else body, x, (stack, chosen))
-
-
-def _run_chosen(
-    runner: _Runner, params: Params, x: Array, layers: LayerChoice, cache: Any, all_hidden: bool
-) -> tuple[Array, _Kept]:
-    """A traced choice of layers, as a loop over their indices."""
-    if cache is not None or all_hidden or runner.taps or len(params.segments) != 1:
-        raise ValueError(
-            "a traced choice of layers runs without cache, taps or all_hidden, over one stacked "
-            "segment: give start and stop as Python ints instead."
-        )
-    stack, total = params.segments[0].layers, params.segments[0].count
-    per_layer = runner.policy.per_layer(total)
-    if layers.kept is not None:
-        lower, upper = 0, layers.kept.shape[0] if layers.count is None else layers.count
-    else:
-        lower, upper = layers.start, total if layers.stop is None else layers.stop
-
-    def body(i: Array, x: Array) -> Array:
-        index = i if layers.kept is None else layers.kept[i]
-        block, policy_layer = jax.tree.map(
-            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False),
-            (stack, per_layer),
-        )
-        return runner.layer(x, block, policy_layer, None)[0]
-
-    return jax.lax.fori_loop(lower, upper, body, x), _Kept(first=x)
-
-
-def _slice(tree: Any, start: int, stop: int) -> Any:
-    return jax.tree.map(lambda leaf: leaf[start:stop], tree)

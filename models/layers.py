@@ -141,6 +141,40 @@ def project(
     return q, k, v, normed
 
 
+def no_tap(name: str, value: Array) -> None:
+    """Where nothing is calibrated."""
+
+
+def add_attention(
+    layer: Layer,
+    x: Float[Array, "b t width"],
+    mixed: Float[Array, "b t h d"],
+    tap: Callable[[str, Array], None] = no_tap,
+    drop: Callable[[Array], Array] = lambda x: x,
+) -> Float[Array, "b t width"]:
+    """The stream after attention: its output projection, and the residual."""
+    mixed = mixed.reshape(*mixed.shape[:2], -1)
+    tap("attn_out_in", mixed)
+    return x + drop(linear(mixed, layer.attn.o))
+
+
+def add_mlp(
+    layer: Layer,
+    cfg: Any,
+    x: Float[Array, "b t width"],
+    tap: Callable[[str, Array], None] = no_tap,
+    drop: Callable[[Array], Array] = lambda x: x,
+) -> Float[Array, "b t width"]:
+    """The stream after the MLP."""
+    normed = normalize(x, layer.mlp_norm, cfg.norm_eps)
+    tap("mlp_in", normed)
+    inner = linear(normed, layer.mlp.up)
+    act = ACTIVATIONS[cfg.activation]
+    inner = act(inner) if layer.mlp.gate is None else act(linear(normed, layer.mlp.gate)) * inner
+    tap("mlp_down_in", inner)
+    return x + drop(linear(inner, layer.mlp.down))
+
+
 def finish(
     layer: Layer,
     cfg: Any,
@@ -153,13 +187,5 @@ def finish(
 
     ``drop`` acts on what attention and MLP add to the stream, for dropout in training.
     """
-    mixed = mixed.reshape(*mixed.shape[:2], -1)
-    tap("attn_out_in", mixed)
-    x = x + drop(linear(mixed, layer.attn.o))
-    normed = normalize(x, layer.mlp_norm, cfg.norm_eps)
-    tap("mlp_in", normed)
-    inner = linear(normed, layer.mlp.up)
-    act = ACTIVATIONS[cfg.activation]
-    inner = act(inner) if layer.mlp.gate is None else act(linear(normed, layer.mlp.gate)) * inner
-    tap("mlp_down_in", inner)
-    return x + drop(linear(inner, layer.mlp.down))
+    x = add_attention(layer, x, mixed, tap, drop)
+    return add_mlp(layer, cfg, x, tap, drop)

@@ -14,9 +14,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from inference.cache import Cache, init_cache
 from inference.drafter import Context, Draft, Request, Target, TargetOutputs, static_draft
+from inference.drafters.scratch import run_scratch
 from inference.loop import prefill_chunk
 from models import decoder
-from models.attention import Step
 from models.load import Model
 from models.load import load as load_model
 from ops.sampling import Use, request_key, sample
@@ -184,19 +184,8 @@ class DraftModel:
         self, params: decoder.Params, cache: Cache, tokens: Int[Array, "b t"], extent: int | None
     ) -> tuple[Float[Array, "b t width"], Float[Array, "b t v"], Cache]:
         """Hidden states and logits of new tokens, whose entries become scratch."""
-        ahead = cache.scratch[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        positions = cache.next_position[:, None] + ahead
-        cache, start = cache.append_scratch(positions)
-        step = Step(
-            positions=positions,
-            start=start,
-            slot_positions=cache.positions,
-            extent=extent,
-            mode="decode",
-        )
-        out = decoder.forward(params, self.cfg, tokens, step=step, cache=cache.layers)
-        logits = decoder.unembed(params, self.cfg, out.hidden)
-        return out.hidden, logits, dataclasses.replace(cache, layers=out.cache)
+        out, cache = run_scratch(Target(params, self.cfg), cache, tokens, None, extent)
+        return out.hidden, decoder.unembed(params, self.cfg, out.hidden), cache
 
     def _choose(
         self, logits: Float[Array, "b v"], context: Context, i: int | Array

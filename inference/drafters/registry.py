@@ -15,6 +15,8 @@ DRAFTERS = {
     "none": "inference.drafters.registry:load_none",
     "lookup": "inference.drafters.lookup:load",
     "recycling": "research.speculative.token_recycling.drafter:load",
+    "swift": "research.speculative.swift.drafter:load",
+    "del": "research.speculative.del_exit.drafter:load",
     "draft:DIR": "inference.drafters.draft_model:load",
     "medusa:DIR": "inference.drafters.medusa:load",
     "eagle:DIR": "inference.drafters.eagle:load",

@@ -1,13 +1,10 @@
 import dataclasses
-import itertools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
 
 from inference.drafter import NoDrafter, TargetOutputs
 from inference.drafters import registry
@@ -29,7 +26,6 @@ from tests.inference.models import (
     assert_greedy,
     config,
     engine,
-    forward_logits,
     letters,
     prefilled,
     prompts,
@@ -37,6 +33,7 @@ from tests.inference.models import (
     script,
     weights,
 )
+from tests.inference.sampled_law import p_value
 
 SAMPLED = SamplingParams.make(0.9, top_k=20, top_p=0.95)
 
@@ -161,7 +158,6 @@ def test_models_of_different_vocabularies_are_refused():
 
 # Statistics: the law of three sampled tokens from the real loop, against exact enumeration.
 TINY = config(vocab_size=4, num_layers=1, hidden_size=8, init_stddev=1.0, max_length=16)
-ROWS = 4000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,29 +170,6 @@ class LyingDraftModel(DraftModel):
         return draft.replace(probs=flat), state, cache
 
 
-def p_value(
-    drafter: DraftModel, sampling: SamplingParams, params: Callable[[Any], Any] = lambda w: w
-) -> float:
-    """Pearson's test of ROWS sampled continuations of one token by three.
-
-    ``params`` makes the drafter's parameters from the draft model's weights.
-    """
-    eng = engine(TINY, drafter=drafter, drafter_params=params(weights(drafter.cfg, 9)))
-    got = np.asarray(eng.generate([[2]] * ROWS, 3, sampling=sampling, seeds=range(ROWS)).tokens)
-    observed = np.bincount(got @ np.array([16, 4, 1]), minlength=64)
-    law = np.zeros((4, 4, 4))
-    for a, b, c in itertools.product(range(4), repeat=3):
-        rows = sampling.warp(jnp.asarray(forward_logits(TINY, [2, a, b])))
-        law[a, b, c] = rows[0, a] * rows[1, b] * rows[2, c]
-    expected = ROWS * law.reshape(-1) / law.sum()
-    assert not np.any(observed[expected == 0])
-    rare = expected < 5
-    observed = np.append(observed[~rare], observed[rare].sum())
-    expected = np.append(expected[~rare], expected[rare].sum())
-    keep = expected > 0
-    return float(stats.chisquare(observed[keep], expected[keep]).pvalue)
-
-
 @pytest.mark.parametrize(
     ("length", "sampling"),
     [
@@ -207,11 +180,12 @@ def p_value(
     ids=["short", "middle", "warped"],
 )
 def test_text_sampled_with_a_draft_model_has_the_targets_law(length, sampling):
-    assert p_value(DraftModel(TINY, length), sampling) > 1e-4
+    assert p_value(TINY, DraftModel(TINY, length), weights(TINY, 9), sampling) > 1e-4
 
 
 def test_the_statistics_reject_a_wrong_draft_law():
-    assert p_value(LyingDraftModel(TINY, 2), SamplingParams.make(1.0)) < 1e-6
+    lying = LyingDraftModel(TINY, 2)
+    assert p_value(TINY, lying, weights(TINY, 9), SamplingParams.make(1.0)) < 1e-6
 
 
 # Prompt lookup.

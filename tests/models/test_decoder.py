@@ -10,6 +10,7 @@ import pytest
 from models import decoder
 from models.attention import DensePolicy, Frequencies, Step
 from models.decoder import LayerChoice
+from models.layers import add_mlp
 from models.positions import rope_frequencies
 from tests.models import tiny
 
@@ -140,9 +141,48 @@ def test_resuming_from_hidden_states_gives_the_rest(full):
     close(resumed.hidden_states, full.hidden_states[2:])
 
 
+@pytest.fixture(scope="module")
+def by_sub_layers():
+    """The stream after every layer under a traced choice of unrolled layers."""
+
+    @jax.jit
+    def states(params, x, layers):
+        return decoder.forward(params, CFG, embeds=x, layers=layers, all_hidden=True).hidden_states
+
+    return lambda x, **choice: states(decoder.unstack(tiny.weights(CFG)), x, LayerChoice(**choice))
+
+
+def test_unrolled_layers_run_where_data_says(full, by_sub_layers):
+    x = full.hidden_states[1]
+    found = by_sub_layers(x, start=jnp.int32(1), stop=jnp.int32(3))
+    close(found[3], full.hidden_states[3])
+    np.testing.assert_array_equal(found[1], x)
+    np.testing.assert_array_equal(found[4], found[3])
+
+
+def test_skipped_sub_layers_leave_the_stream_as_it_is(full, by_sub_layers, chosen):
+    x, none = full.hidden_states[0], jnp.zeros(4, bool)
+    close(by_sub_layers(x, skip_attention=none, skip_mlp=none), full.hidden_states)
+    skip = {"skip_attention": none.at[1].set(True), "skip_mlp": none.at[2].set(True)}
+    found = by_sub_layers(x, **skip)
+    stack = tiny.weights(CFG).segments[0].layers
+    layer = jax.tree.map(lambda leaf: leaf[1], stack)
+    close(found[2], add_mlp(layer, CFG, found[1]))
+    without = dataclasses.replace(stack.mlp.down, w=stack.mlp.down.w.at[2].set(0))
+    silent = stack.replace(mlp=stack.mlp.replace(down=without))
+    silent = silent.replace(
+        attn=stack.attn.replace(o=stack.attn.o.replace(w=stack.attn.o.w.at[1].set(0)))
+    )
+    params = tiny.weights(CFG).replace(segments=(decoder.Segment(silent, count=4),))
+    want = run(params, CFG, tiny.tokens(), all_hidden=True)
+    close(found, want.hidden_states)
+    close(chosen(tiny.weights(CFG), x, LayerChoice(**skip)), want.pre_norm)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"tokens": 1, "layers": LayerChoice(skip_mlp=jnp.zeros(3, bool))}, "one entry per layer"),
         ({}, "exactly one of tokens and embeds"),
         ({"tokens": 1, "layers": LayerChoice(1, 9)}, "layers 1 to 9 are not within the model's 4"),
         ({"tokens": 1, "cache": [None] * 4}, "a cache needs unstacked layers"),

@@ -88,4 +88,4 @@ def assert_two_updates(config: Config, folder: pathlib.Path) -> None:
     losses = [x["loss"] for x in read_metrics(folder / "run" / "metrics.jsonl") if "loss" in x]
     assert len(losses) == 2
     assert losses[0] == pytest.approx(np.log(config.task.model.vocab_size), rel=0.05)
-    assert set(result.evaluation) == {"bits_per_byte", "nats_per_token"}
+    assert set(result.evaluation) >= {"bits_per_byte", "nats_per_token"}

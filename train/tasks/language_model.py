@@ -131,6 +131,25 @@ class LanguageModel(BaseTask):
 
         ``policy`` takes the place of the task's own.
         """
+        out = self.run(params, batch, key, policy)
+        nats = token_cross_entropy(out.hidden, self.head(params), batch["targets"], batch["mask"])
+        return nats, jnp.sum(batch["mask"])
+
+    def head(self, params: Any) -> Any:
+        """The matrix (vocab, width) that reads tokens out of hidden states."""
+        trunk = self.trunk(params)
+        return trunk.embed if trunk.head is None else trunk.head.T
+
+    def run(
+        self,
+        params: Any,
+        batch: dict[str, Array],
+        key: Array | None = None,
+        policy: AttentionPolicy | None = None,
+        layers: decoder.LayerChoice | None = None,
+        all_hidden: bool = False,
+    ) -> decoder.Output:
+        """The decoder's pass over a batch, as :meth:`nats` makes it."""
         step = Step(batch["positions"], segments=batch["segments"], causal=self.model.causal)
         policy = self.policy(params, step, key) if policy is None else policy
         trunk = self.trunk(params)
@@ -138,12 +157,16 @@ class LanguageModel(BaseTask):
             trunk = decoder.unstack(trunk)
         segments = (dataclasses.replace(s, layers=wrap_matrices(s.layers)) for s in trunk.segments)
         trunk = dataclasses.replace(trunk, segments=tuple(segments))
-        out = decoder.forward(
-            trunk, self.model, batch["tokens"], step=step, policy=policy, remat=self.remat
+        return decoder.forward(
+            trunk,
+            self.model,
+            batch["tokens"],
+            step=step,
+            policy=policy,
+            layers=layers,
+            all_hidden=all_hidden,
+            remat=self.remat,
         )
-        head = trunk.embed if trunk.head is None else trunk.head.T
-        nats = token_cross_entropy(out.hidden, head, batch["targets"], batch["mask"])
-        return nats, jnp.sum(batch["mask"])
 
     def evaluate(
         self, params: Any, context: Context, policy: AttentionPolicy | None = None

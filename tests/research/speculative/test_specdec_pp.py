@@ -19,7 +19,8 @@ from research.speculative.specdec_pp.drafter import RejectionRisk, specdec
 from research.speculative.specdec_pp.objective import acceptance_loss
 from research.speculative.specdec_pp.oracle import OracleDraftModel
 from tests.inference.models import NEW, config, engine, prefilled, prompts, weights
-from tests.inference.test_drafters import SAMPLED, TINY, p_value
+from tests.inference.sampled_law import p_value
+from tests.inference.test_drafters import SAMPLED, TINY
 
 CFG = config()
 HEAD = AcceptanceConfig(num_layers=2)
@@ -71,7 +72,7 @@ def one_draft(learnt: Any, model: AdaptiveDraftModel, done: Any = None, eos: Any
     sampling = SamplingParams.make(1.0)
     eng = engine(drafter=model, drafter_params=learnt)
     state, seeds = eng.start(prompts(), NEW, sampling)
-    context = Context(state.tokens, state.length, seeds, sampling, 128, done, eos)
+    context = Context(state.tokens, state.length, seeds, sampling, eos=eos, extent=128, done=done)
     root = jnp.asarray([prompt[-1] for prompt in prompts()], jnp.int32)
     target = Target(eng.params, eng.cfg)
     return _propose(model, learnt, state, target, root, context)
@@ -226,7 +227,8 @@ def test_the_emitted_law_is_the_targets(rule):
     make = AdaptiveDraftModel if rule == "head" else OracleDraftModel
     model = make(TINY, 3, rule=RejectionRisk(HEAD))
     bounds = Limits.make(0.4 if rule == "head" else 1.0, 1, 3)
-    assert p_value(model, SamplingParams.make(1.0), lambda w: adaptive(w, bounds, learnt)) > 1e-4
+    given = adaptive(weights(TINY, 9), bounds, learnt)
+    assert p_value(TINY, model, given, SamplingParams.make(1.0)) > 1e-4
 
 
 def adaptive(model: Any, bounds: Limits, learnt: Any) -> Any:

@@ -1,0 +1,412 @@
+"""Early exits: exact text at every exit and length, states reused as they are, DEL's choices."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from inference.drafter import Draft, NoDrafter, Request, Target, TargetOutputs
+from inference.loop import decode_rounds, propose, score_draft
+from models import decoder
+from models.readout import likeliest_tokens
+from ops.sampling import SamplingParams
+from research.speculative.del_exit.drafter import Controls, ExitDrafter, early_exit
+from research.speculative.del_exit.statistics import (
+    acceptance,
+    choose_exit,
+    draft_thresholds,
+    no_statistics,
+    tpl_table,
+    update_statistics,
+)
+from tests.inference.models import (
+    NEW,
+    assert_greedy,
+    config,
+    engine,
+    forward_logits,
+    prompts,
+    weights,
+)
+from tests.inference.sampled_law import p_value
+
+CFG = config(num_layers=4)
+TINY = config(vocab_size=4, num_layers=3, hidden_size=8, init_stddev=0.7, max_length=16)
+SAMPLED = SamplingParams.make(0.9, top_k=20, top_p=0.95)
+GREEDY = SamplingParams.make()
+NO_PROMPT = TargetOutputs(tokens=None)
+
+
+def request_of(lengths: list[int]) -> Request:
+    """What the drafter's state depends on."""
+    return Request(None, jnp.asarray(lengths), None, GREEDY)
+
+
+def drafter_of(cfg: decoder.Config = CFG, controls: Any = None, **settings: Any) -> Any:
+    """A drafter of at most six tokens."""
+    return early_exit(cfg, controls, **({"max_draft": 6, "context": 4} | settings))
+
+
+def run(sampling: Any = None, new: int = NEW, controls: Any = None, **settings: Any) -> Any:
+    drafter, params = drafter_of(CFG, controls, **settings)
+    eng = engine(CFG, drafter=drafter, drafter_params=params)
+    return eng.generate(prompts(), new, sampling=sampling)
+
+
+@pytest.fixture(scope="module")
+def plain() -> list[list[int]]:
+    return engine(CFG, drafter=NoDrafter(7)).generate(prompts(), NEW).tokens
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"missing": "half", "mode": "min", "controls": {"always_cut": True}},
+        {"mode": "gamma"},
+        {"method": "fsm", "controls": {"exit_layer": 3, "gamma": 3}},
+        {"method": "dv", "controls": {"exit_layer": 2, "threshold": 0.3}},
+    ],
+    ids=["del", "del, half, min", "del, gamma", "fsm", "dv"],
+)
+def test_greedy_text_is_that_of_plain_decoding(settings, plain):
+    got = run(**settings)
+    assert got.tokens == plain
+    for prompt, new in zip(prompts(), got.tokens, strict=True):
+        assert_greedy(CFG, prompt, new)
+    stats = got.stats
+    assert np.all(stats.layer_passes >= 4 * stats.rounds)
+    assert np.all(stats.emitted <= stats.rounds + stats.accepted)
+
+
+def test_every_exit_and_length_gives_the_same_text_from_one_program(plain):
+    run(method="fixed")
+    before = decode_rounds._cache_size()
+    for exit_layer in (1, 2, 3):
+        for gamma in (0, 1, 6):
+            got = run(method="fixed", controls={"exit_layer": exit_layer, "gamma": gamma})
+            assert got.tokens == plain
+            stats = got.stats
+            np.testing.assert_array_equal(
+                stats.layer_passes, 4 * stats.rounds + exit_layer * stats.drafted
+            )
+            if gamma == 0:
+                np.testing.assert_array_equal(stats.rounds, [NEW] * 4)
+    assert decode_rounds._cache_size() == before
+
+
+def test_a_fixed_set_of_candidates_gives_the_text_of_plain_sampling():
+    got = run(SAMPLED, sampled=False)
+    want = engine(CFG, drafter=NoDrafter(7)).generate(prompts(), NEW, sampling=SAMPLED)
+    assert got.tokens == want.tokens
+
+
+def test_texts_do_not_depend_on_the_batch():
+    drafter, params = drafter_of()
+    eng = engine(CFG, drafter=drafter, drafter_params=params)
+    together = eng.generate(prompts(), NEW, sampling=SAMPLED).tokens
+    for row in (1, 3):
+        alone = eng.generate([prompts()[row]], NEW, sampling=SAMPLED, seeds=[row]).tokens
+        assert alone[0] == together[row]
+
+
+# One round by hand.
+@pytest.fixture(scope="module")
+def one_round():
+    """The state before, the draft, the target's pass over it, and the cache that draft left."""
+    drafter, params = drafter_of(method="fixed", controls={"exit_layer": 2, "gamma": 3})
+    eng = engine(CFG, drafter=drafter, drafter_params=params)
+    state, seeds = eng.start(prompts(), NEW, GREEDY)
+    policy = decoder.default_policy(CFG)
+
+    @jax.jit
+    def one(weights_: Any, params: Any, state: Any) -> Any:
+        draft, _, cache = propose(weights_, CFG, drafter, params, state, seeds, GREEDY, 64, policy)
+        after, out = score_draft(
+            weights_, CFG, policy, cache, draft, state.limit, 64, frozenset({"hidden_states"})
+        )
+        return draft, cache, after, out
+
+    return state, *one(eng.params, params, state)
+
+
+def test_the_pass_from_the_exit_is_the_whole_models(one_round):
+    state, draft, _, after, out = one_round
+    for row, length in enumerate(np.asarray(state.length)):
+        drafted = np.asarray(draft.tokens[row])[np.asarray(draft.valid[row])]
+        assert len(drafted) == 4
+        text = [*np.asarray(state.tokens[row, : length - 1]).tolist(), *drafted.tolist()]
+        logits = decoder.unembed(weights(CFG), CFG, out.hidden[row, :4])
+        np.testing.assert_allclose(logits, forward_logits(CFG, text)[length - 1 :], atol=1e-4)
+        whole = decoder.forward(weights(CFG), CFG, jnp.asarray([text]), all_hidden=True)
+        np.testing.assert_allclose(
+            out.hidden_states[3:, row, :4], whole.hidden_states[3:, 0, length - 1 :], atol=1e-4
+        )
+        np.testing.assert_allclose(
+            draft.resume.hidden[row, :4], whole.hidden_states[2, 0, length - 1 :], atol=1e-4
+        )
+    # Keys and values of all layers are those of a pass over the text.
+    assert np.asarray(after.scratch).tolist() == [7] * 4
+
+
+def test_what_is_committed_stays_as_it_was(one_round):
+    state, _, cache, after, _ = one_round
+    for held in (cache, after):
+        for a, b in zip(
+            jax.tree.leaves(state.cache.layers), jax.tree.leaves(held.layers), strict=True
+        ):
+            for row, n in enumerate(np.asarray(state.cache.length)):
+                np.testing.assert_array_equal(a[row, :, :n], b[row, :, :n])
+    # The draft has written its own layers' entries, and those above only in the target's pass.
+    for layer, (a, b) in enumerate(zip(state.cache.layers, cache.layers, strict=True)):
+        assert bool(jnp.array_equal(a.k, b.k)) == (layer >= 2)
+
+
+def test_the_draft_is_what_its_exit_reads(one_round):
+    _, draft, _, _, _ = one_round
+    tokens, confidence = likeliest_tokens(weights(CFG), CFG, draft.resume.hidden)
+    for row in range(4):
+        np.testing.assert_array_equal(tokens[row, :3], draft.tokens[row, 1:4])
+    assert np.all((np.asarray(confidence) > 0) & (np.asarray(confidence) <= 1.0001))
+    assert int(draft.resume.layer) == 2 and np.asarray(draft.layer_passes).tolist() == [6] * 4
+
+
+def test_drafts_end_at_an_end_token_at_the_limit_and_where_unsure():
+    free = run(method="fixed", controls={"exit_layer": 1, "gamma": 6}, new=1)
+    np.testing.assert_array_equal(free.stats.drafted, [0] * 4)
+    two = run(method="fixed", controls={"exit_layer": 1, "gamma": 6}, new=2)
+    assert np.all(two.stats.drafted <= two.stats.rounds)
+    drafter, params = drafter_of(method="fixed", controls={"exit_layer": 1, "gamma": 6})
+    eng = engine(CFG, drafter=drafter, drafter_params=params)
+    state, seeds = eng.start(prompts(), NEW, GREEDY)
+
+    def draft(params: Any, drafter: Any, eos: list[int]) -> Any:
+        policy = decoder.default_policy(CFG)
+        return propose(
+            eng.params, CFG, drafter, params, state, seeds, GREEDY, 64, policy,
+            jnp.asarray(eos, jnp.int32),
+        )[0]  # fmt: skip
+
+    whole = draft(params, drafter, [])
+    assert np.asarray(whole.valid).sum(1).tolist() == [7] * 4
+    end = int(whole.tokens[0, 2])
+    cut = draft(params, drafter, [end])
+    first = int(np.argmax(np.asarray(whole.tokens[0, 1:]) == end)) + 1
+    assert np.asarray(cut.valid[0]).sum() == first + 1
+    wary, never = drafter_of(method="dv", controls={"exit_layer": 1, "threshold": 1.0})
+    state = dataclasses.replace(
+        state, drafter=state.drafter.replace(threshold=jnp.ones(4, jnp.float32))
+    )
+    assert np.asarray(draft(never, wary, []).valid).sum(1).tolist() == [2] * 4
+
+
+# DEL.
+def test_the_first_round_drafts_one_token_and_knows_the_prompt():
+    drafter, params = drafter_of()
+    eng = engine(CFG, drafter=drafter, drafter_params=params)
+    state, seeds = eng.start(prompts(), NEW, GREEDY)
+    found = state.drafter.statistics
+    # Rows of 1, 2, 3 and 7 tokens have 0, 1, 2 and 6 positions before the root, 4 of them counted.
+    np.testing.assert_array_equal(found.counts[:, :3].sum(-1), [[n] * 3 for n in (0, 1, 2, 4)])
+    assert not np.any(found.counts[:, 3])
+    prompt = prompts()[3]
+    whole = decoder.forward(weights(CFG), CFG, jnp.asarray([prompt]), all_hidden=True)
+    tokens, sure = likeliest_tokens(weights(CFG), CFG, whole.hidden_states[1:, 0, 2:6])
+    hits = np.asarray(tokens[:3] == tokens[3:])
+    np.testing.assert_array_equal(found.counts[3, :3, 0], hits.sum(1))
+    np.testing.assert_allclose(found.confidences[3, :3, 0], (hits * sure[:3]).sum(1), atol=1e-4)
+
+    after = decode_rounds(
+        eng.params, CFG, decoder.default_policy(CFG), drafter, params, state, seeds, GREEDY,
+        jnp.zeros((0,), jnp.int32), jnp.asarray(1), extent=64,
+    )  # fmt: skip
+    np.testing.assert_array_equal(after.stats.drafted, [1] * 4)
+    np.testing.assert_array_equal(after.stats.layer_passes, [5] * 4)
+    learnt = jax.jit(drafter._learn)(params, after.drafter, _target(eng))
+    # Nothing decays in the first round; a wrong first token leaves one position, else two.
+    wrong = np.asarray(after.stats.accepted) == 0
+    counts = np.asarray(learnt.statistics.counts[:, :3].sum(-1))
+    base = np.array([0, 1, 2, 4])
+    assert np.all((counts[:, 0] == base + 2) | (wrong & (counts[:, 0] == base + 1)))
+    for row in range(4):
+        want = choose_exit(acceptance(jax.tree.map(lambda x, r=row: x[r], learnt.statistics)), 4, 6)
+        assert [int(learnt.exit_layer[row]), int(learnt.gamma[row])] == [int(x) for x in want]
+
+
+def _target(eng: Any) -> Any:
+    return Target(eng.params, eng.cfg, decoder.default_policy(eng.cfg))
+
+
+def test_what_is_seen_of_the_exit_in_use_is_its_draft():
+    """Shadow tokens of drafted positions, read again from the states that are kept."""
+    drafter, params = drafter_of()
+    eng = engine(CFG, drafter=drafter, drafter_params=params)
+    state, seeds = eng.start(prompts(), NEW, GREEDY)
+    for _ in range(3):
+        draft, _, _ = propose(
+            eng.params, CFG, drafter, params, state, seeds, GREEDY, 64, decoder.default_policy(CFG)
+        )
+        state = decode_rounds(
+            eng.params, CFG, decoder.default_policy(CFG), drafter, params, state, seeds, GREEDY,
+            jnp.zeros((0,), jnp.int32), jnp.asarray(1), extent=64,
+        )  # fmt: skip
+        tokens, _ = likeliest_tokens(eng.params, CFG, state.drafter.last.states)
+        drafted = np.asarray(draft.valid).sum(1) - 1
+        for row in range(4):
+            own = tokens[int(state.drafter.exit_layer[row]) - 1, row]
+            n = int(drafted[row])
+            np.testing.assert_array_equal(own[:n], draft.tokens[row, 1 : n + 1])
+            assert state.stats.emitted[row] >= 1 and n <= 6
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.8, 1.0])
+def test_tokens_per_layer_are_those_of_a_simulation(alpha):
+    rng, layers, exit_layer, gamma = np.random.default_rng(3), 12, 3, 5
+    draws = rng.random((20_000, gamma)) < alpha
+    emitted = 1 + np.cumprod(draws, axis=1).sum(1)
+    cost = gamma * exit_layer + layers
+    table = np.asarray(tpl_table(jnp.full((11,), alpha), layers, 18))
+    error = 3 * emitted.std() / np.sqrt(len(emitted)) / cost
+    assert abs(table[exit_layer - 1, gamma] - emitted.mean() / cost) <= error + 1e-7
+    if alpha < 1:
+        closed = (1 - alpha ** (gamma + 1)) / ((1 - alpha) * cost)
+        assert table[exit_layer - 1, gamma] == pytest.approx(closed, rel=1e-5)
+    np.testing.assert_allclose(table[:, 0], 1 / layers, rtol=1e-6)
+
+
+def test_choices_at_the_extremes_and_when_one_exit_gets_better():
+    assert [int(x) for x in choose_exit(jnp.zeros(7), 8, 18)] == [1, 0]
+    sure = jnp.zeros(7).at[2].set(1.0)
+    assert [int(x) for x in choose_exit(sure, 8, 18)] == [3, 17]
+    rng = np.random.default_rng(0)
+    choose = jax.jit(choose_exit, static_argnums=(1, 2))
+    for _ in range(40):
+        alpha = rng.random(7).astype(np.float32)
+        best, gamma = choose(jnp.asarray(alpha), 8, 18)
+        if int(gamma) == 0:
+            continue  # plain decoding is no exit's merit
+        alpha[int(best) - 1] = min(1.0, alpha[int(best) - 1] + 0.1)
+        assert int(choose(jnp.asarray(alpha), 8, 18)[0]) == int(best)
+
+
+def columns(hits: list[list[int]]) -> tuple[Any, Any, Any]:
+    """Tokens whose exits match the target where told, with confidences that tell columns apart."""
+    right = jnp.asarray(hits, bool)
+    tokens = jnp.concatenate([jnp.where(right, 1, 0), jnp.ones((1, right.shape[1]), int)])
+    confidence = 0.1 * jnp.arange(1, right.shape[1] + 1)[None] + jnp.zeros(right.shape)
+    return tokens.astype(jnp.int32), confidence, jnp.ones(right.shape[1], bool)
+
+
+def test_without_decay_and_cuts_acceptance_is_the_share_of_matches():
+    rng = np.random.default_rng(1)
+    statistics, seen = no_statistics(4), []
+    for _ in range(6):
+        hits = rng.integers(0, 2, (3, 5)).tolist()
+        statistics = update_statistics(statistics, *columns(hits), 0, jnp.asarray(1), False, 1.0)
+        seen.append(hits)
+    np.testing.assert_allclose(acceptance(statistics), np.mean(seen, axis=(0, 2)), rtol=1e-6)
+
+
+def test_what_follows_the_first_wrong_draft_does_not_count():
+    hits = [[0, 1, 1, 0, 1], [1, 1, 1, 1, 1], [1, 0, 1, 1, 0]]
+    args = (no_statistics(4), *columns(hits))
+    whole = update_statistics(*args, 0, jnp.asarray(3), False, 1.0)
+    np.testing.assert_array_equal(whole.counts, [[3, 2], [5, 0], [3, 2], [0, 0]])
+    cut = update_statistics(*args, 0, jnp.asarray(3), True, 1.0)  # exit 3 is wrong at position 1
+    np.testing.assert_array_equal(cut.counts, [[1, 1], [2, 0], [1, 1], [0, 0]])
+    np.testing.assert_allclose(cut.confidences[2], [0.1, 0.2], rtol=1e-6)
+    # Prompt columns are neither cut nor looked at.
+    kept = update_statistics(*args, 2, jnp.asarray(3), True, 1.0)
+    np.testing.assert_array_equal(kept.counts, [[3, 2], [5, 0], [3, 2], [0, 0]])
+    again = update_statistics(cut, *args[1:], 0, jnp.asarray(2), True, 0.5)
+    np.testing.assert_allclose(again.counts[1], [0.5 * 2 + 5, 0])
+
+
+def test_thresholds_lie_between_right_and_wrong_and_may_be_unknown():
+    hits = [[1, 0, 1], [1, 1, 1], [0, 0, 0]]
+    found = update_statistics(no_statistics(4), *columns(hits), 0, jnp.asarray(1), False, 1.0)
+    official = np.asarray(draft_thresholds(found, "official"))
+    assert official[0] == pytest.approx(0.5 * (0.2 + 0.2)) and np.isnan(official[1:]).all()
+    half = draft_thresholds(found, "half")
+    np.testing.assert_allclose(half, [0.2, 0.1, 0.1], rtol=1e-6)
+    assert np.all(np.asarray(acceptance(no_statistics(4))) == 0)
+
+
+def test_lengths_and_thresholds_of_the_static_methods_move():
+    drafter, params = drafter_of(method="fsm", controls={"exit_layer": 3, "gamma": 1})
+    state = drafter.init(params, _target(engine(CFG)), request_of([1] * 3), NO_PROMPT, 64)
+    valid = jnp.asarray([[1, 1, 1, 0]] * 3, bool)
+    draft = Draft(valid, valid, valid, valid, valid)
+
+    def observed(drafter: ExitDrafter, params: Controls, state: Any, n: list[int]) -> Any:
+        numbers = jnp.asarray(n)
+        path = jnp.zeros((3, 4), jnp.int32)
+        return drafter.observe(params, state, draft, NO_PROMPT, path, numbers, numbers)
+
+    state = state.replace(gamma=jnp.asarray([2, 2, 2]))
+    assert np.asarray(observed(drafter, params, state, [3, 2, 0]).gamma).tolist() == [3, 1, 2]
+    state = state.replace(gamma=jnp.asarray([6, 1, 1]))
+    assert np.asarray(observed(drafter, params, state, [3, 1, 0]).gamma).tolist() == [6, 1, 1]
+    drafter, params = drafter_of(method="dv", controls={"threshold": 0.5, "target_rate": 0.6})
+    state = drafter.init(params, _target(engine(CFG)), request_of([1] * 3), NO_PROMPT, 64)
+    after = observed(drafter, params, state, [3, 2, 0])
+    np.testing.assert_allclose(after.rate, [0.8, 0.55, 0.6], rtol=1e-6)
+    np.testing.assert_allclose(after.threshold, [0.499, 0.501, 0.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_blocked_readout_is_that_of_all_logits(tied):
+    cfg = dataclasses.replace(CFG, tied=tied)
+    params = weights(cfg)
+    states = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 16)), jnp.float32)
+    hidden = decoder.normalize(states, params.final_norm, cfg.norm_eps)
+    logits = decoder.unembed(params, cfg, hidden)
+    for block in (5, 24, 1024):
+        tokens, confidence = likeliest_tokens(params, cfg, states, block)
+        np.testing.assert_array_equal(tokens, logits.argmax(-1))
+        np.testing.assert_allclose(confidence, jax.nn.softmax(logits).max(-1), rtol=1e-5)
+
+
+# The law of sampled text.
+@pytest.mark.parametrize(
+    ("sampling", "settings"),
+    [
+        (SamplingParams.make(1.0), {"method": "fixed", "controls": {"exit_layer": 1, "gamma": 2}}),
+        (SamplingParams.make(0.7, top_p=0.85), {}),
+    ],
+    ids=["fixed", "del, warped"],
+)
+def test_sampled_text_has_the_targets_law(sampling, settings):
+    drafter, params = drafter_of(TINY, **({"max_draft": 2} | settings))
+    assert p_value(TINY, drafter, params, sampling) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: early_exit(config(num_layers=1)), "a model of one layer has no exit"),
+        (lambda: early_exit(CFG, {"exit_layer": 4}), "exit 4 is beyond a model of 4 layers"),
+        (lambda: early_exit(CFG, {"exit_layer": 0}), "exit 0 is beyond"),
+        (
+            lambda: early_exit(CFG, {"gamma": 19}, method="fixed"),
+            "drafts of 19 tokens do not fit max_draft 18",
+        ),
+        (lambda: early_exit(CFG, {"omega": 1.5}), "lie within 0 and 1"),
+        (lambda: early_exit(CFG, method="best"), "unknown method 'best'"),
+        (lambda: early_exit(CFG, mode="max"), "unknown mode 'max'"),
+        (lambda: early_exit(CFG, missing="zero"), "unknown missing 'zero'"),
+        (lambda: early_exit(CFG, max_draft=0), "must be 1 or more"),
+    ],
+)
+def test_what_cannot_work_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_draft_longer_than_the_cache_is_refused():
+    drafter, params = early_exit(CFG)
+    with pytest.raises(ValueError, match="a draft needs 19 cache slots but there are 16"):
+        drafter.init(params, _target(engine(CFG)), request_of([1]), NO_PROMPT, 16)
