@@ -61,7 +61,7 @@ def test_a_fixed_length_is_the_plain_draft_model():
 
 
 @pytest.mark.parametrize(
-    ("rule", "threshold"), [(Confidence(), 0.6), (Entropy(), 1.2)], ids=["confidence", "entropy"]
+    ("rule", "threshold"), [(Confidence(), 0.6), (Entropy(), 2.4)], ids=["confidence", "entropy"]
 )
 def test_greedy_text_is_exact_and_drafts_are_shorter_when_unsure(rule, threshold):
     got = generate(rule, Limits.make(threshold, longest=LENGTH), SamplingParams.make())
