@@ -19,7 +19,7 @@ def settings(folder: pathlib.Path, **changes: Any) -> specdec_pp.Settings:
         "folder": str(folder / "study"),
         "prompts": (f"text:{folder / 'texts'}",),
         "chat": False,
-        "methods": ("fixed-2", "fixed-16", "confidence-0.6", "heuristic", "oracle", "specdec-0.5"),
+        "methods": ("fixed-2", "fixed-16", "oracle", "specdec-0.5"),
         "seeds": (0,),
         "texts": 40,
         "prompt_tokens": 8,

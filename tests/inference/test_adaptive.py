@@ -61,7 +61,11 @@ def test_a_fixed_length_is_the_plain_draft_model():
 
 
 @pytest.mark.parametrize(
-    ("rule", "threshold"), [(Confidence(), 0.6), (Entropy(), 2.4)], ids=["confidence", "entropy"]
+    ("rule", "threshold"),
+    [
+        pytest.param(Confidence(), 0.6, id="confidence"),
+        pytest.param(Entropy(), 2.4, id="entropy", marks=pytest.mark.slow),
+    ],
 )
 def test_greedy_text_is_exact_and_drafts_are_shorter_when_unsure(rule, threshold):
     got = generate(rule, Limits.make(threshold, longest=LENGTH), SamplingParams.make())

@@ -59,8 +59,17 @@ def expected(drafter: str, sampling: SamplingParams, eos: Sequence[int]) -> list
     return [text[:new] for text, new in zip(texts.tokens, NEW, strict=True)]
 
 
-@pytest.mark.parametrize("scheduler", [None, GROUPED], ids=["together", "grouped"])
-@pytest.mark.parametrize("drafter", DRAFTERS)
+WAYS = [
+    pytest.param("plain", None, id="plain-together"),
+    pytest.param("draft model", GROUPED, id="draft model-grouped"),
+    pytest.param("plain", GROUPED, id="plain-grouped", marks=pytest.mark.slow),
+    pytest.param("draft model", None, id="draft model-together", marks=pytest.mark.slow),
+    pytest.param("recycling", None, id="recycling-together", marks=pytest.mark.slow),
+    pytest.param("recycling", GROUPED, id="recycling-grouped", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("drafter", "scheduler"), WAYS)
 def test_every_job_gets_what_it_gets_alone(drafter, scheduler):
     end = expected("plain", SamplingParams.make(), [])[3][4]
     got = pool(drafter, scheduler=scheduler, eos=[end]).generate(jobs())
@@ -74,8 +83,8 @@ def test_every_job_gets_what_it_gets_alone(drafter, scheduler):
     assert {result.reason for result in got} == {"end", "length"}
 
 
-@pytest.mark.parametrize("scheduler", [None, GROUPED], ids=["together", "grouped"])
-@pytest.mark.parametrize("drafter", ["plain", "draft model"])
+@pytest.mark.slow
+@pytest.mark.parametrize(("drafter", "scheduler"), WAYS[:4])
 def test_sampled_jobs_depend_on_their_seeds_alone(drafter, scheduler):
     got = pool(drafter, scheduler=scheduler).generate(jobs(temperature=0.9, top_p=0.95))
     want = expected(drafter, SamplingParams.make(0.9, top_p=0.95), [])

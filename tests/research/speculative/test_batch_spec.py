@@ -73,7 +73,7 @@ def padded(fault: Any = None, **settings: Any) -> PaddedDecoder:
     return PaddedDecoder(weights(CFG), CFG, near(), CFG, k=K, eos=end(), fault=fault, **settings)
 
 
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_every_batch_size_says_the_same(want, batch):
     assert check_batches(together, PROMPTS, want, batch) == Outcome(exact=6)
     assert want.least_margin > 1e-4
@@ -155,6 +155,7 @@ def test_an_added_row_changes_no_other():
     assert together([*PROMPTS[:3], PROMPTS[5]])[:3] == few[:3]
 
 
+@pytest.mark.slow
 def test_sampled_rows_do_not_depend_on_their_batch_mates():
     """Half of the rows have other prompts. The law itself is tested in test_drafters."""
     eng = engine(TINY, drafter=DraftModel(TINY, 2), drafter_params=weights(TINY, 9))

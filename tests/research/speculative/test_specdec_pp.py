@@ -61,6 +61,7 @@ def test_greedy_text_is_that_of_plain_decoding(threshold):
     assert got.tokens == plain.tokens
 
 
+@pytest.mark.slow
 def test_sampled_text_of_a_greedy_draft_is_that_of_plain_sampling():
     got = generate(*drafter(0.4, sampled=False), SAMPLED)
     plain = engine(drafter=NoDrafter(LENGTH + 1)).generate(prompts(), NEW, sampling=SAMPLED)
@@ -219,7 +220,7 @@ def test_a_head_trained_on_its_own_target_drives_rounds_to_the_longest():
     assert before.drafted.sum() < LENGTH * before.rounds.sum()
 
 
-@pytest.mark.parametrize("rule", ["head", "oracle"])
+@pytest.mark.parametrize("rule", ["head", pytest.param("oracle", marks=pytest.mark.slow)])
 def test_the_emitted_law_is_the_targets(rule):
     """Three sampled tokens over round boundaries, against exact enumeration."""
     start = params.init(acceptance_head.specs(HEAD, TINY), jax.random.key(1))

@@ -133,6 +133,7 @@ def test_leaves_are_read_after_the_unmixed_text() -> None:
             np.testing.assert_allclose(states[row, at], want, atol=5e-3)
 
 
+@pytest.mark.slow
 def test_without_mixing_every_position_of_an_answer_has_a_label(texts, tmp_path) -> None:
     write_acceptance(tmp_path / "leaves", TARGET, DRAFT, texts[:30], mix=1.0, batch=30)
     stored = HiddenTexts(tmp_path / "leaves")
