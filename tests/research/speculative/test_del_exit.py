@@ -28,6 +28,7 @@ from tests.inference.models import (
     assert_greedy,
     config,
     engine,
+    prefilled,
     prompts,
     weights,
 )
@@ -176,8 +177,13 @@ def test_the_pass_from_the_exit_is_the_whole_models(one_round):
         np.testing.assert_allclose(
             draft.resume.hidden[row, :4], whole.hidden_states[2, row, at], atol=1e-4
         )
-    # Keys and values of all layers are those of a pass over the text.
     assert np.asarray(after.scratch).tolist() == [7] * 4
+    # Keys and values of all layers, drafted ones too, are those of a pass over the text.
+    whole_texts = [[*texts[row, : n + 3].tolist(), 0] for row, n in enumerate(lengths)]
+    fresh = prefilled(weights(CFG), CFG, whole_texts)
+    for a, b in zip(jax.tree.leaves(after.layers), jax.tree.leaves(fresh.layers), strict=True):
+        for row, n in enumerate(lengths):
+            np.testing.assert_allclose(a[row, :, : n + 3], b[row, :, : n + 3], atol=1e-4)
 
 
 def test_what_is_committed_stays_as_it_was(one_round):
