@@ -57,7 +57,7 @@ class Controls:
 class Round:
     """The last round, to be learnt from when the target's head is at hand again."""
 
-    states: Any  # (layers, b, n, width) the stream after every layer
+    states: Any  # (b, layers, n, width) the stream after every layer
     valid: Any  # (b, n)
 
 
@@ -154,7 +154,7 @@ class ExitDrafter:
                 rate=everywhere(params.target_rate, jnp.float32),
             )
         width = target.params.final_norm.scale.shape[0]
-        empty = jnp.zeros((layers, batch, self.width, width), target.params.final_norm.scale.dtype)
+        empty = jnp.zeros((batch, layers, self.width, width), target.params.final_norm.scale.dtype)
         return ExitState(
             everywhere(1, jnp.int32),
             everywhere(1, jnp.int32),
@@ -205,7 +205,9 @@ class ExitDrafter:
             layer_passes=(count * state.exit_layer).astype(jnp.float32),
         )
         if self.method == "del":
-            state = dataclasses.replace(state, last=Round(drafted.states[1:], draft.valid))
+            state = dataclasses.replace(
+                state, last=Round(jnp.swapaxes(drafted.states[1:], 0, 1), draft.valid)
+            )
         return draft, state, drafted.cache
 
     def observe(
@@ -224,10 +226,9 @@ class ExitDrafter:
         accepted = jnp.maximum(n - 1, 0)
         new = dataclasses.replace(state, rounds=state.rounds + live)
         if self.method == "del" and resume is not None:
-            above = jnp.arange(1, outputs.hidden_states.shape[0]) > resume.layer
-            states = jnp.where(
-                above[:, None, None, None], outputs.hidden_states[1:], state.last.states
-            )
+            verified = jnp.swapaxes(outputs.hidden_states[1:], 0, 1)
+            above = jnp.arange(1, verified.shape[1] + 1) > resume.layer
+            states = jnp.where(above[None, :, None, None], verified, state.last.states)
             return dataclasses.replace(new, last=Round(states, state.last.valid & live[:, None]))
         if self.method == "fsm":
             moved = jnp.where(accepted >= count, state.gamma + 1, state.gamma - 1)
@@ -254,7 +255,7 @@ class ExitDrafter:
         if prompt.hidden_states is None:
             return none
         at = request.lengths[:, None] - 1 - self.context + jnp.arange(self.context)[None]
-        states = jax.vmap(lambda x, i: x[:, i], in_axes=(1, 0), out_axes=1)(
+        states = jax.vmap(lambda x, i: x[:, i], in_axes=(1, 0))(
             prompt.hidden_states[1:], jnp.maximum(at, 0)
         )
         return self._statistics(none, states, at >= 0, self.context, target, 1, False, 1.0)
@@ -286,7 +287,7 @@ class ExitDrafter:
     def _statistics(
         self,
         statistics: ExitStatistics,
-        states: Float[Array, "layers b t width"],
+        states: Float[Array, "b layers t width"],
         valid: Bool[Array, "b t"],
         num_context: int,
         target: Target,
@@ -297,9 +298,9 @@ class ExitDrafter:
         """All rows' statistics with the tokens that ``states`` read out."""
         tokens, confidence = likeliest_tokens(target.params, target.cfg, states)
         batch = valid.shape[0]
-        update = jax.vmap(update_statistics, in_axes=(0, 1, 1, 0, None, 0, 0, 0))
+        update = jax.vmap(update_statistics, in_axes=(0, 0, 0, 0, None, 0, 0, 0))
         rows = (jnp.broadcast_to(jnp.asarray(x), (batch,)) for x in (exit_layer, cut, omega))
-        return update(statistics, tokens, confidence[:-1], valid, num_context, *rows)
+        return update(statistics, tokens, confidence[:, :-1], valid, num_context, *rows)
 
     def _ends(self, state: ExitState) -> tuple[Int[Array, " b"], Float[Array, " b"]]:
         """The longest draft of each row, and the confidence below which it ends."""

@@ -1,6 +1,7 @@
 """Early exits: exact text at every exit and length, states reused as they are, DEL's choices."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -27,13 +28,13 @@ from tests.inference.models import (
     assert_greedy,
     config,
     engine,
-    forward_logits,
+    prefilled,
     prompts,
     weights,
 )
 from tests.inference.sampled_law import p_value
 
-CFG = config(num_layers=4)
+CFG = config(num_layers=3)
 TINY = config(vocab_size=4, num_layers=3, hidden_size=8, init_stddev=0.7, max_length=16)
 SAMPLED = SamplingParams.make(0.9, top_k=20, top_p=0.95)
 GREEDY = SamplingParams.make()
@@ -65,10 +66,16 @@ def plain() -> list[list[int]]:
     "settings",
     [
         {},
-        {"missing": "half", "mode": "min", "controls": {"always_cut": True}},
-        {"mode": "gamma"},
-        {"method": "fsm", "controls": {"exit_layer": 3, "gamma": 3}},
-        {"method": "dv", "controls": {"exit_layer": 2, "threshold": 0.3}},
+        pytest.param(
+            {"missing": "half", "mode": "min", "controls": {"always_cut": True}},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"mode": "gamma"}, marks=pytest.mark.slow),
+        {"method": "fsm", "controls": {"exit_layer": 1, "gamma": 3}},
+        pytest.param(
+            {"method": "dv", "controls": {"exit_layer": 2, "threshold": 0.3}},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["del", "del, half, min", "del, gamma", "fsm", "dv"],
 )
@@ -78,39 +85,56 @@ def test_greedy_text_is_that_of_plain_decoding(settings, plain):
     for prompt, new in zip(prompts(), got.tokens, strict=True):
         assert_greedy(CFG, prompt, new)
     stats = got.stats
-    assert np.all(stats.layer_passes >= 4 * stats.rounds)
+    assert np.all(stats.layer_passes >= 3 * stats.rounds)
     assert np.all(stats.emitted <= stats.rounds + stats.accepted)
 
 
 def test_every_exit_and_length_gives_the_same_text_from_one_program(plain):
     run(method="fixed")
     before = decode_rounds._cache_size()
-    for exit_layer in (1, 2, 3):
+    for exit_layer in (1, 2):
         for gamma in (0, 1, 6):
             got = run(method="fixed", controls={"exit_layer": exit_layer, "gamma": gamma})
             assert got.tokens == plain
             stats = got.stats
             np.testing.assert_array_equal(
-                stats.layer_passes, 4 * stats.rounds + exit_layer * stats.drafted
+                stats.layer_passes, 3 * stats.rounds + exit_layer * stats.drafted
             )
             if gamma == 0:
                 np.testing.assert_array_equal(stats.rounds, [NEW] * 4)
     assert decode_rounds._cache_size() == before
 
 
+@pytest.mark.slow
 def test_a_fixed_set_of_candidates_gives_the_text_of_plain_sampling():
     got = run(SAMPLED, sampled=False)
     want = engine(CFG, drafter=NoDrafter(7)).generate(prompts(), NEW, sampling=SAMPLED)
     assert got.tokens == want.tokens
 
 
+@pytest.mark.slow
 def test_texts_do_not_depend_on_the_batch():
     drafter, params = drafter_of()
     eng = engine(CFG, drafter=drafter, drafter_params=params)
     together = eng.generate(prompts(), NEW, sampling=SAMPLED).tokens
-    for row in (1, 3):
-        alone = eng.generate([prompts()[row]], NEW, sampling=SAMPLED, seeds=[row]).tokens
-        assert alone[0] == together[row]
+    alone = eng.generate([prompts()[3]], NEW, sampling=SAMPLED, seeds=[3]).tokens
+    assert alone[0] == together[3]
+
+
+@jax.jit
+def whole_pass(tokens: Any) -> decoder.Output:
+    """The pass over whole texts."""
+    return decoder.forward(weights(CFG), CFG, tokens, all_hidden=True)
+
+
+@jax.jit
+def unembed(hidden: Any) -> Any:
+    return decoder.unembed(weights(CFG), CFG, hidden)
+
+
+@jax.jit
+def read(states: Any) -> Any:
+    return likeliest_tokens(weights(CFG), CFG, states)
 
 
 # One round by hand.
@@ -135,21 +159,31 @@ def one_round():
 
 def test_the_pass_from_the_exit_is_the_whole_models(one_round):
     state, draft, _, after, out = one_round
-    for row, length in enumerate(np.asarray(state.length)):
+    lengths = np.asarray(state.length)
+    texts = np.zeros((4, 16), np.int32)
+    for row, length in enumerate(lengths):
+        texts[row, : length - 1] = state.tokens[row, : length - 1]
+        texts[row, length - 1 : length + 3] = draft.tokens[row, :4]
+    whole = whole_pass(jnp.asarray(texts))
+    logits = unembed(out.hidden)
+    for row, length in enumerate(lengths):
         drafted = np.asarray(draft.tokens[row])[np.asarray(draft.valid[row])]
         assert len(drafted) == 4
-        text = [*np.asarray(state.tokens[row, : length - 1]).tolist(), *drafted.tolist()]
-        logits = decoder.unembed(weights(CFG), CFG, out.hidden[row, :4])
-        np.testing.assert_allclose(logits, forward_logits(CFG, text)[length - 1 :], atol=1e-4)
-        whole = decoder.forward(weights(CFG), CFG, jnp.asarray([text]), all_hidden=True)
+        at = slice(length - 1, length + 3)
+        np.testing.assert_allclose(logits[row, :4], unembed(whole.hidden)[row, at], atol=1e-4)
         np.testing.assert_allclose(
-            out.hidden_states[3:, row, :4], whole.hidden_states[3:, 0, length - 1 :], atol=1e-4
+            out.hidden_states[3:, row, :4], whole.hidden_states[3:, row, at], atol=1e-4
         )
         np.testing.assert_allclose(
-            draft.resume.hidden[row, :4], whole.hidden_states[2, 0, length - 1 :], atol=1e-4
+            draft.resume.hidden[row, :4], whole.hidden_states[2, row, at], atol=1e-4
         )
-    # Keys and values of all layers are those of a pass over the text.
     assert np.asarray(after.scratch).tolist() == [7] * 4
+    # Keys and values of all layers, drafted ones too, are those of a pass over the text.
+    whole_texts = [[*texts[row, : n + 3].tolist(), 0] for row, n in enumerate(lengths)]
+    fresh = prefilled(weights(CFG), CFG, whole_texts)
+    for a, b in zip(jax.tree.leaves(after.layers), jax.tree.leaves(fresh.layers), strict=True):
+        for row, n in enumerate(lengths):
+            np.testing.assert_allclose(a[row, :, : n + 3], b[row, :, : n + 3], atol=1e-4)
 
 
 def test_what_is_committed_stays_as_it_was(one_round):
@@ -167,7 +201,7 @@ def test_what_is_committed_stays_as_it_was(one_round):
 
 def test_the_draft_is_what_its_exit_reads(one_round):
     _, draft, _, _, _ = one_round
-    tokens, confidence = likeliest_tokens(weights(CFG), CFG, draft.resume.hidden)
+    tokens, confidence = read(draft.resume.hidden)
     for row in range(4):
         np.testing.assert_array_equal(tokens[row, :3], draft.tokens[row, 1:4])
     assert np.all((np.asarray(confidence) > 0) & (np.asarray(confidence) <= 1.0001))
@@ -183,24 +217,23 @@ def test_drafts_end_at_an_end_token_at_the_limit_and_where_unsure():
     eng = engine(CFG, drafter=drafter, drafter_params=params)
     state, seeds = eng.start(prompts(), NEW, GREEDY)
 
-    def draft(params: Any, drafter: Any, eos: list[int]) -> Any:
+    @functools.partial(jax.jit, static_argnums=1)
+    def draft(params: Any, drafter: Any, state: Any, eos: Any) -> Any:
         policy = decoder.default_policy(CFG)
-        return propose(
-            eng.params, CFG, drafter, params, state, seeds, GREEDY, 64, policy,
-            jnp.asarray(eos, jnp.int32),
-        )[0]  # fmt: skip
+        return propose(eng.params, CFG, drafter, params, state, seeds, GREEDY, 64, policy, eos)[0]
 
-    whole = draft(params, drafter, [])
+    nothing = jnp.asarray([-1])
+    whole = draft(params, drafter, state, nothing)
     assert np.asarray(whole.valid).sum(1).tolist() == [7] * 4
     end = int(whole.tokens[0, 2])
-    cut = draft(params, drafter, [end])
+    cut = draft(params, drafter, state, jnp.asarray([end]))
     first = int(np.argmax(np.asarray(whole.tokens[0, 1:]) == end)) + 1
     assert np.asarray(cut.valid[0]).sum() == first + 1
     wary, never = drafter_of(method="dv", controls={"exit_layer": 1, "threshold": 1.0})
     state = dataclasses.replace(
         state, drafter=state.drafter.replace(threshold=jnp.ones(4, jnp.float32))
     )
-    assert np.asarray(draft(never, wary, []).valid).sum(1).tolist() == [2] * 4
+    assert np.asarray(draft(never, wary, state, nothing).valid).sum(1).tolist() == [2] * 4
 
 
 # DEL.
@@ -210,29 +243,29 @@ def test_the_first_round_drafts_one_token_and_knows_the_prompt():
     state, seeds = eng.start(prompts(), NEW, GREEDY)
     found = state.drafter.statistics
     # Rows of 1, 2, 3 and 7 tokens have 0, 1, 2 and 6 positions before the root, 4 of them counted.
-    np.testing.assert_array_equal(found.counts[:, :3].sum(-1), [[n] * 3 for n in (0, 1, 2, 4)])
-    assert not np.any(found.counts[:, 3])
+    np.testing.assert_array_equal(found.counts[:, :2].sum(-1), [[n] * 2 for n in (0, 1, 2, 4)])
+    assert not np.any(found.counts[:, 2])
     prompt = prompts()[3]
-    whole = decoder.forward(weights(CFG), CFG, jnp.asarray([prompt]), all_hidden=True)
-    tokens, sure = likeliest_tokens(weights(CFG), CFG, whole.hidden_states[1:, 0, 2:6])
-    hits = np.asarray(tokens[:3] == tokens[3:])
-    np.testing.assert_array_equal(found.counts[3, :3, 0], hits.sum(1))
-    np.testing.assert_allclose(found.confidences[3, :3, 0], (hits * sure[:3]).sum(1), atol=1e-4)
+    whole = whole_pass(jnp.asarray([prompt + [0] * 9] * 4))
+    tokens, sure = read(whole.hidden_states[1:, 0, 2:6])
+    hits = np.asarray(tokens[:2] == tokens[2:])
+    np.testing.assert_array_equal(found.counts[3, :2, 0], hits.sum(1))
+    np.testing.assert_allclose(found.confidences[3, :2, 0], (hits * sure[:2]).sum(1), atol=1e-4)
 
     after = decode_rounds(
         eng.params, CFG, decoder.default_policy(CFG), drafter, params, state, seeds, GREEDY,
         jnp.zeros((0,), jnp.int32), jnp.asarray(1), extent=64,
     )  # fmt: skip
     np.testing.assert_array_equal(after.stats.drafted, [1] * 4)
-    np.testing.assert_array_equal(after.stats.layer_passes, [5] * 4)
+    np.testing.assert_array_equal(after.stats.layer_passes, [4] * 4)
     learnt = jax.jit(drafter._learn)(params, after.drafter, _target(eng))
     # Nothing decays in the first round; a wrong first token leaves one position, else two.
     wrong = np.asarray(after.stats.accepted) == 0
-    counts = np.asarray(learnt.statistics.counts[:, :3].sum(-1))
+    counts = np.asarray(learnt.statistics.counts[:, :2].sum(-1))
     base = np.array([0, 1, 2, 4])
     assert np.all((counts[:, 0] == base + 2) | (wrong & (counts[:, 0] == base + 1)))
     for row in range(4):
-        want = choose_exit(acceptance(jax.tree.map(lambda x, r=row: x[r], learnt.statistics)), 4, 6)
+        want = choose_exit(acceptance(jax.tree.map(lambda x, r=row: x[r], learnt.statistics)), 3, 6)
         assert [int(learnt.exit_layer[row]), int(learnt.gamma[row])] == [int(x) for x in want]
 
 
@@ -245,18 +278,22 @@ def test_what_is_seen_of_the_exit_in_use_is_its_draft():
     drafter, params = drafter_of()
     eng = engine(CFG, drafter=drafter, drafter_params=params)
     state, seeds = eng.start(prompts(), NEW, GREEDY)
+
+    @jax.jit
+    def drafted_next(state: Any) -> Any:
+        policy = decoder.default_policy(CFG)
+        return propose(eng.params, CFG, drafter, params, state, seeds, GREEDY, 64, policy)[0]
+
     for _ in range(3):
-        draft, _, _ = propose(
-            eng.params, CFG, drafter, params, state, seeds, GREEDY, 64, decoder.default_policy(CFG)
-        )
+        draft = drafted_next(state)
         state = decode_rounds(
             eng.params, CFG, decoder.default_policy(CFG), drafter, params, state, seeds, GREEDY,
             jnp.zeros((0,), jnp.int32), jnp.asarray(1), extent=64,
         )  # fmt: skip
-        tokens, _ = likeliest_tokens(eng.params, CFG, state.drafter.last.states)
+        tokens, _ = read(state.drafter.last.states)
         drafted = np.asarray(draft.valid).sum(1) - 1
         for row in range(4):
-            own = tokens[int(state.drafter.exit_layer[row]) - 1, row]
+            own = tokens[row, int(state.drafter.exit_layer[row]) - 1]
             n = int(drafted[row])
             np.testing.assert_array_equal(own[:n], draft.tokens[row, 1 : n + 1])
             assert state.stats.emitted[row] >= 1 and n <= 6
@@ -336,7 +373,7 @@ def test_thresholds_lie_between_right_and_wrong_and_may_be_unknown():
 
 
 def test_lengths_and_thresholds_of_the_static_methods_move():
-    drafter, params = drafter_of(method="fsm", controls={"exit_layer": 3, "gamma": 1})
+    drafter, params = drafter_of(method="fsm", controls={"exit_layer": 2, "gamma": 1})
     state = drafter.init(params, _target(engine(CFG)), request_of([1] * 3), NO_PROMPT, 64)
     valid = jnp.asarray([[1, 1, 1, 0]] * 3, bool)
     draft = Draft(valid, valid, valid, valid, valid)
@@ -374,7 +411,11 @@ def test_the_blocked_readout_is_that_of_all_logits(tied):
 @pytest.mark.parametrize(
     ("sampling", "settings"),
     [
-        (SamplingParams.make(1.0), {"method": "fixed", "controls": {"exit_layer": 1, "gamma": 2}}),
+        pytest.param(
+            SamplingParams.make(1.0),
+            {"method": "fixed", "controls": {"exit_layer": 1, "gamma": 2}},
+            marks=pytest.mark.slow,
+        ),
         (SamplingParams.make(0.7, top_p=0.85), {}),
     ],
     ids=["fixed", "del, warped"],
@@ -388,7 +429,7 @@ def test_sampled_text_has_the_targets_law(sampling, settings):
     ("make", "message"),
     [
         (lambda: early_exit(config(num_layers=1)), "a model of one layer has no exit"),
-        (lambda: early_exit(CFG, {"exit_layer": 4}), "exit 4 is beyond a model of 4 layers"),
+        (lambda: early_exit(CFG, {"exit_layer": 3}), "exit 3 is beyond a model of 3 layers"),
         (lambda: early_exit(CFG, {"exit_layer": 0}), "exit 0 is beyond"),
         (
             lambda: early_exit(CFG, {"gamma": 19}, method="fixed"),

@@ -76,6 +76,7 @@ def test_greedy_text_is_that_of_plain_decoding_while_the_set_changes(nodes):
     assert np.all(np.asarray(got.stats.layer_passes) > 5 * np.asarray(got.stats.rounds))
 
 
+@pytest.mark.slow
 def test_a_fixed_set_of_candidates_gives_the_text_of_plain_sampling():
     got = run(sampling=SAMPLED, sampled=False, search=False)
     want = engine(CFG, drafter=NoDrafter(16)).generate(prompts(), NEW, sampling=SAMPLED)
@@ -377,6 +378,7 @@ class Lying(SwiftDrafter):
         return draft.replace(probs=jnp.full_like(draft.probs, 0.25)), state, cache
 
 
+@pytest.mark.slow
 def test_the_statistics_reject_a_wrong_law():
     _, params = swift(TINY, search=False, controls={"stop_threshold": 0.3})
     lying = Lying(max_steps=2, max_nodes=8, search=False, sampling_widths=(1, 2, 3, 4))
