@@ -248,7 +248,7 @@ def measure_exit(
     exit_layer = min(max(round(draft_cost(model, skip) * layers), 1), layers - 1)
     drafter, params = early_exit(model.cfg, {"exit_layer": exit_layer, "gamma": 4}, method="fixed")
     cost = exit_layer / layers
-    row = measured(model, prompts, new_tokens, drafter, params, cost, exit_layer)
+    row = measured(model, prompts, new_tokens, drafter, params, cost, float(exit_layer))
     # The draft's layers are not run again over its tokens, whatever the model of costs says.
     return row | {"exit_layer": exit_layer}
 
