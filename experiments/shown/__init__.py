@@ -12,6 +12,7 @@ from experiments.shown import (
     lc_pfn,
     metric_grids,
     pipeline,
+    sparse_prefill,
     speculative,
     sweeps,
 )
@@ -26,6 +27,7 @@ TABLES = (
     *early_stopping.TABLES,
     *metric_grids.TABLES,
     *pipeline.TABLES,
+    *sparse_prefill.TABLES,
     *sweeps.TABLES,
 )
 """Every committed table."""
@@ -37,6 +39,7 @@ FIGURES = (
     *early_stopping.FIGURES,
     *metric_grids.FIGURES,
     *pipeline.FIGURES,
+    *sparse_prefill.FIGURES,
     *sweeps.FIGURES,
 )
 """Every committed figure."""
