@@ -14,6 +14,7 @@ from experiments.shown import (
     pipeline,
     sparse_prefill,
     speculative,
+    speculative_bench,
     sweeps,
 )
 
@@ -28,6 +29,7 @@ TABLES = (
     *metric_grids.TABLES,
     *pipeline.TABLES,
     *sparse_prefill.TABLES,
+    *speculative_bench.TABLES,
     *sweeps.TABLES,
 )
 """Every committed table."""
@@ -40,6 +42,7 @@ FIGURES = (
     *metric_grids.FIGURES,
     *pipeline.FIGURES,
     *sparse_prefill.FIGURES,
+    *speculative_bench.FIGURES,
     *sweeps.FIGURES,
 )
 """Every committed figure."""

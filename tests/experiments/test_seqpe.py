@@ -38,7 +38,10 @@ def test_the_text_experiment_runs(tmp_path: pathlib.Path, monkeypatch: pytest.Mo
 def row(method: str, *values: float) -> dict:
     """A row whose perplexities at 1, 8 and 16 trained lengths are given."""
     names = ("at_1x", "at_8x", "at_16x")
-    return {"method": method, **{n: record.sample([v]) for n, v in zip(names, values, strict=True)}}
+    return {
+        "method": method,
+        **{n: record.sample([float(v)]) for n, v in zip(names, values, strict=True)},
+    }
 
 
 def test_what_must_hold() -> None:

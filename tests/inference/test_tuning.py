@@ -43,7 +43,7 @@ def test_lookup_gets_the_length_that_its_hits_pay_for(monkeypatch: pytest.Monkey
     # Two rows with ten rounds in which 6 tokens were drafted, of which 5 had a first one right.
     rounds = np.array([40, 30], np.int32)
     by_depth = np.array([[3, 3, 2, 0, 0, 0], [2, 1, 1, 0, 0, 0]], np.int32)
-    stats = Stats(rounds, np.array([36, 24], np.int32), rounds, rounds, by_depth)
+    stats = Stats(rounds, np.array([36, 24], np.int32), rounds, rounds, by_depth, rounds)
     made = types.SimpleNamespace(generate=lambda *_, **__: Generation([], stats))
     monkeypatch.setattr(tuning, "make_engine", lambda *_, **__: made)
     model = Model(weights(config()), config(), letters(VOCAB), "tiny")

@@ -101,7 +101,7 @@ def test_each_cache_grows_from_its_own_length():
     texts = prompts()
     drafts = drafts_of(texts)
     eng, sampling = make(5.0), SamplingParams.make(0.9)
-    state, seeds = eng.start(texts, NEW, sampling, None, None, drafts)
+    state, seeds = eng.start(texts, NEW, sampling, draft_prompts=drafts)
     assert state.drafter.cache.capacity < state.cache.capacity
     for _ in range(3):
         before = state

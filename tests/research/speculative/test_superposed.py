@@ -258,10 +258,10 @@ def test_after_greedys_end_the_draft_goes_on_and_the_ended_text_is_finished():
 
 def test_ngrams_may_wait_until_the_second_token():
     late = superposed_generate(
-        engine(), prompts(), 1, Superposition.make(K, 9, interpolate_first=False), TABLES
+        engine(), prompts(), 1, Superposition.make(K, 9, interpolate_first=False), DENSE
     )
     off = superposed_generate(engine(), prompts(), 1, Superposition.make(K, 9), None)
-    on = superposed_generate(engine(), prompts(), 1, Superposition.make(K, 9), TABLES)
+    on = superposed_generate(engine(), prompts(), 1, Superposition.make(K, 9), DENSE)
     assert late.tokens == off.tokens != on.tokens
     np.testing.assert_allclose(late.scores, off.scores, atol=1e-6)
 
