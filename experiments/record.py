@@ -28,7 +28,7 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "optax")
 
 
-def sample(values: Sequence[float]) -> dict[str, Any]:
+def sample(values: Sequence[float | int]) -> dict[str, Any]:
     """Raw samples with their mean, standard deviation (0 for one sample), minimum and maximum.
 
     Raises:

@@ -314,7 +314,9 @@ def _summarise(method: str, runs: list[dict[str, Any]], chosen: Any) -> dict[str
         ]
     if chosen is not None:
         settings, grid, nbytes = chosen
-        row["alpha"], row["temperature"] = float(settings.alpha), float(settings.temperature)
+        # As they stand in the grid: float32 holds 0.2 as 0.2000000029.
+        row["alpha"] = round(float(settings.alpha), 6)
+        row["temperature"] = round(float(settings.temperature), 6)
         row["grid"], row["table_bytes"] = grid, nbytes
     return row
 

@@ -74,5 +74,5 @@ def test_the_experiment_runs():
     )
     assert 0 < by["eta-10"]["acceptance"]["mean"] <= 1
     answers = statements.answer(rows, rapid.STATEMENTS, 1)
-    assert sum(a["holds"] is None for a in answers) == 2
+    assert sum(a["holds"] is None for a in answers) == 3
     assert "eta-10" in rapid.show(rows)

@@ -68,17 +68,17 @@ def test_unknown_methods_are_refused() -> None:
 @pytest.mark.slow
 def test_the_image_experiment_runs(tmp_path: pathlib.Path) -> None:
     settings = seqpe_vit.Settings(
-        folder=str(tmp_path / "runs"), images="textures:400:8", classes=9, held_out=128,
-        sizes=(8, 12), methods=("seqpe", "learned"), seeds=(0,), steps=10,
+        folder=str(tmp_path / "runs"), images="textures:400:16", classes=9, held_out=128,
+        sizes=(16, 24), methods=("seqpe", "learned"), seeds=(0,), steps=10,
     )  # fmt: skip
     rows = seqpe_vit.run(settings)
     assert [r["method"] for r in rows] == ["seqpe", "learned"]
-    assert {k for k in rows[0] if "_" in k} == {"scaled_8", "scaled_12", "placed_12"}
-    answers = statements.answer(rows, seqpe_vit.make_statements((8, 12)), 1)
+    assert {k for k in rows[0] if "_" in k} == {"scaled_16", "scaled_24", "placed_24"}
+    answers = statements.answer(rows, seqpe_vit.make_statements((16, 24)), 1)
     assert sum(a["holds"] is None for a in answers) == 5  # without sinusoids and no_both
-    assert "placed_12" in seqpe_vit.show(rows)
+    assert "placed_24" in seqpe_vit.show(rows)
     with pytest.raises(ValueError, match="must grow"):
-        seqpe_vit.run(dataclasses.replace(settings, sizes=(12, 8)))
+        seqpe_vit.run(dataclasses.replace(settings, sizes=(24, 16)))
 
 
 def test_larger_images() -> None:
