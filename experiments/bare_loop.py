@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from experiments.measure import timed
 from inference.cache import Cache
 from inference.engine import make_engine
 from models import decoder
@@ -59,22 +60,18 @@ def loop_overhead(model: Model, tokens: int, repeats: int) -> list[float]:
     """
     engine = make_engine(model.params, model.cfg)
     greedy, prompt = SamplingParams.make(), [1 % model.cfg.vocab_size] * 16
-    extent = 1 << (len(prompt) + tokens).bit_length()
     shares = []
     for repeat in range(repeats + 1):
-        state, seeds = engine.start([prompt], tokens, greedy)
-        jax.block_until_ready(state)
-        start = time.perf_counter()
-        state = jax.block_until_ready(engine.run(state, seeds, greedy, ()))
-        ours = time.perf_counter() - start
+        ours, state = timed(engine, [prompt], tokens, greedy, ())
         last = int(np.asarray(state.tokens)[0, len(prompt) + tokens - 1])
         state, _ = engine.start([prompt], tokens, greedy)
         jax.block_until_ready(state)
         root = jnp.asarray([prompt[-1]], jnp.int32)
         count = jnp.asarray(tokens, jnp.int32)
+        extent = engine.extent(len(prompt) + tokens, state.cache.capacity)
         start = time.perf_counter()
         token, _ = jax.block_until_ready(
-            bare_decoding(engine.params, model.cfg, state.cache, root, count, max(extent, 128))
+            bare_decoding(engine.params, model.cfg, state.cache, root, count, extent)
         )
         bare = time.perf_counter() - start
         if int(token[0]) != last:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from inference.drafter import Drafter, NoDrafter
-from inference.engine import Generation, bucket, make_engine
+from inference.engine import Engine, Generation, bucket, make_engine
 from inference.loop import State, decode_round, propose
 from models import decoder
 from models.flops import product_flops
@@ -157,6 +157,21 @@ def generate(
     )
 
 
+def timed(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    sampling: SamplingParams,
+    eos: Sequence[int],
+) -> tuple[float, State]:
+    """Seconds of decoding a batch, prefill not counted, and the loop's last state."""
+    state, seeds = engine.start(prompts, new_tokens, sampling)
+    jax.block_until_ready(state)
+    start = time.perf_counter()
+    state = jax.block_until_ready(engine.run(state, seeds, sampling, eos))
+    return time.perf_counter() - start, state
+
+
 def speed(
     model: Model,
     drafter: Drafter,
@@ -172,10 +187,7 @@ def speed(
     engine.generate(prompts[:1], new_tokens, sampling=sampling, eos=eos)
     tokens = seconds = 0.0
     for prompt in prompts:
-        state, seeds = engine.start([prompt], new_tokens, sampling)
-        jax.block_until_ready(state)
-        start = time.perf_counter()
-        state = jax.block_until_ready(engine.run(state, seeds, sampling, eos))
-        seconds += time.perf_counter() - start
+        taken, state = timed(engine, [prompt], new_tokens, sampling, eos)
+        seconds += taken
         tokens += int(state.stats.emitted[0])
     return tokens / seconds

@@ -14,7 +14,6 @@ generation of ``transformers`` on the same weights and prompts (needs the extra 
 import dataclasses
 import os
 import pathlib
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -94,15 +93,6 @@ def make_sides(
     return sides
 
 
-def timed(engine: Engine, prompt: Sequence[int], new: int, sampling: Any, eos: Any) -> tuple:
-    """Seconds of decoding one prompt (prefill not counted) and the loop's last state."""
-    state, seeds = engine.start([prompt], new, sampling)
-    jax.block_until_ready(state)
-    start = time.perf_counter()
-    state = jax.block_until_ready(engine.run(state, seeds, sampling, eos))
-    return time.perf_counter() - start, state
-
-
 def decode_category(
     settings: Settings,
     model: Model,
@@ -121,7 +111,9 @@ def decode_category(
             seconds, tokens, states = 0.0, 0, []
             for prompt in prompts:
                 if name in engines:
-                    taken, state = timed(engines[name], prompt, settings.new_tokens, sampling, eos)
+                    taken, state = measure.timed(
+                        engines[name], [prompt], settings.new_tokens, sampling, eos
+                    )
                     states.append(state)
                     made = int(state.stats.emitted[0])
                 else:
@@ -166,11 +158,7 @@ def batched(
         rates: dict[str, list[float]] = {name: [] for name in engines}
         for repeat in range(settings.repeats + 1):
             for name, engine in engines.items():
-                state, seeds = engine.start(given, settings.new_tokens, greedy)
-                jax.block_until_ready(state)
-                start = time.perf_counter()
-                state = jax.block_until_ready(engine.run(state, seeds, greedy, eos))
-                seconds = time.perf_counter() - start
+                seconds, state = measure.timed(engine, given, settings.new_tokens, greedy, eos)
                 rates[name] += [int(np.sum(state.stats.emitted)) / seconds] if repeat else []
         rows += [
             {

@@ -1,10 +1,10 @@
 """What the documents show of SeqPE: perplexity by length, accuracy by grid."""
 
 import dataclasses
-from typing import Any
 
 from experiments import record
 from experiments.report import Rendered, Statements, caption, markdown, number
+from experiments.shown.long_context import percent
 
 PAGE = "research/context/seqpe/README.md"
 NAMES = {
@@ -41,7 +41,7 @@ class Perplexities:
                 NAMES[row["method"]],
                 *(number(row[key]) for key in columns),
                 number(row["contrastive"]) if "contrastive" in row else "",
-                share(row["nearest"]) if "nearest" in row else "",
+                percent(row["nearest"], 1) if "nearest" in row else "",
             )
             for row in result["rows"]
         ]
@@ -65,16 +65,11 @@ class Accuracies:
             (
                 NAMES[row["method"]],
                 f"{row['parameters']:,}",
-                *(share(row[key]) for key in columns),
+                *(percent(row[key], 1) for key in columns),
             )
             for row in result["rows"]
         ]
         return f"{markdown(header, rows)}\n\n{caption(result)}"
-
-
-def share(value: dict[str, Any]) -> str:
-    """A share in percent."""
-    return f"{number({k: 100 * value[k] for k in ('mean', 'spread')}, 1)}%"
 
 
 TEXT: tuple[Rendered, ...] = (

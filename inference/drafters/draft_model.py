@@ -148,7 +148,8 @@ class DraftModel:
     ) -> tuple[Float[Array, "b width"], Float[Array, "b v"], Any]:
         """Run the one or two tokens that are new to the model: hidden state and logits of the root.
 
-        The state that comes with them has its own type."""
+        The state that comes with them has its own type.
+        """
         own, seen = state.cache, state.cache.length + state.ahead
         missing = context.length - seen
         recent = jnp.take_along_axis(context.tokens, seen[:, None] + jnp.arange(2)[None], axis=1)

@@ -14,7 +14,14 @@ from jaxtyping import Array, Int
 
 from inference.drafter import Context, Draft, Request, Target, TargetOutputs
 from inference.drafters.levels import check_sampled_tree, draft_levels
-from inference.drafters.pairs import PairState, Run, init_pairs, keep_committed, run_pairs
+from inference.drafters.pairs import (
+    PairState,
+    Run,
+    init_pairs,
+    keep_committed,
+    run_nodes,
+    run_pairs,
+)
 from models import eagle
 from models.attention import Step
 from models.draft_head import draft_logits, draft_vocabulary
@@ -152,21 +159,10 @@ class EagleDrafter:
         slots = np.concatenate([*before, nodes])  # the node in each scratch slot
         batch = tokens.shape[0]
         mask = jnp.asarray(self.tree.mask[np.ix_(nodes, slots)])
-        tree_start = own.length
         # A node's own pair stands one position before the token it carries.
         positions = own.next_position[:, None] + jnp.asarray(self.tree.depth[nodes] - 1)[None]
-        own, start = own.append_scratch(positions)
-        step = Step(
-            positions=positions,
-            start=start,
-            slot_positions=own.positions,
-            tree=jnp.broadcast_to(mask[None], (batch, *mask.shape)),
-            tree_start=tree_start,
-            extent=extent,
-            mode="decode",
-        )
-        features, layers = run(features, tokens, step, own.layers)
-        return features, dataclasses.replace(own, layers=layers)
+        tree = jnp.broadcast_to(mask[None], (batch, *mask.shape))
+        return run_nodes(run, own, features, tokens, positions, tree, extent)
 
 
 def load(directory: str, model: Model) -> tuple[EagleDrafter, EagleParams]:

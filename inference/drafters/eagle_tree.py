@@ -15,9 +15,7 @@ from jaxtyping import Array, Float, Int
 from inference.drafter import Context, Draft, Request, Target, TargetOutputs
 from inference.drafters.eagle import EagleDrafter, EagleParams
 from inference.drafters.eagle import load as load_static
-from inference.drafters.pairs import PairState, Run, init_pairs, run_pairs
-from models import eagle
-from models.attention import Step
+from inference.drafters.pairs import PairState, Run, run_nodes, run_pairs
 from models.draft_head import draft_logits, token_ids
 from models.load import Model
 from ops.dynamic_tree import DynamicTree, Frontier, dynamic_tree
@@ -72,16 +70,7 @@ class EagleTreeDrafter(EagleDrafter):
         capacity: int,
     ) -> PairState:
         """The layer's pass over the prompt's pairs; its cache has room for all expansions."""
-        return init_pairs(
-            self._run(params, target),
-            eagle.layer_config(target.cfg),
-            request,
-            prompt.hidden,
-            target.cfg.hidden_size,
-            self.max_depth,
-            capacity + self.depth * self.top_k,
-            target.params.final_norm.scale.dtype,
-        )
+        return super().init(params, target, request, prompt, capacity + self.depth * self.top_k)
 
     def propose(
         self,
@@ -126,20 +115,9 @@ class EagleTreeDrafter(EagleDrafter):
             # A node's own pair stands one position before the token it carries.
             at = own.next_position[:, None] + frontier.level
             positions = jnp.broadcast_to(at, frontier.tokens.shape)
-            tree_start = own.length
-            own, start = own.append_scratch(positions)
-            step = Step(
-                positions=positions,
-                start=start,
-                slot_positions=own.positions,
-                tree=frontier.ancestors,
-                tree_start=tree_start,
-                extent=slots,
-                mode="decode",
-            )
             tokens = token_ids(params.vocabulary, frontier.tokens)
-            features, layers = run(given, tokens, step, own.layers)
-            return scores(features), (features, dataclasses.replace(own, layers=layers))
+            features, own = run_nodes(run, own, given, tokens, positions, frontier.ancestors, slots)
+            return scores(features), (features, own)
 
         # All nodes of the first level continue the last pair's output.
         last = jnp.repeat(state.last[:, None], self.top_k, axis=1)

@@ -100,6 +100,34 @@ def run_pairs(run: Run, state: PairState, extent: int | None, mode: str = "decod
     )
 
 
+def run_nodes(
+    run: Run,
+    cache: Any,
+    features: Float[Array, "b k width"],
+    tokens: Int[Array, "b k"],
+    positions: Int[Array, "b k"],
+    tree: Bool[Array, "b k n"],
+    extent: int | None,
+) -> tuple[Float[Array, "b k width"], Any]:
+    """Run guessed pairs behind the committed ones: outputs, and the cache with them as scratch.
+
+    ``tree`` says which of the scratch slots each node sees.
+    """
+    tree_start = cache.length
+    cache, start = cache.append_scratch(positions)
+    step = Step(
+        positions=positions,
+        start=start,
+        slot_positions=cache.positions,
+        tree=tree,
+        tree_start=tree_start,
+        extent=extent,
+        mode="decode",
+    )
+    out, layers = run(features, tokens, step, cache.layers)
+    return out, dataclasses.replace(cache, layers=layers)
+
+
 def keep_committed(
     state: PairState,
     draft: Draft,

@@ -17,6 +17,11 @@ from models.decoder import LayerChoice
 from research.speculative.swift.search import SkipSet
 
 
+def _windows(tokens: Int[Array, "b l"], begin: Int[Array, " b"], window: int) -> Int[Array, "b w"]:
+    index = begin[:, None] + jnp.arange(window)[None]
+    return jnp.take_along_axis(tokens, index, axis=1, mode="clip")
+
+
 @functools.partial(jax.jit, static_argnames=("window", "extent"))
 def window_logits(
     target: Target,
@@ -32,8 +37,7 @@ def window_logits(
 
     One parallel pass over the committed cache of everything before. The cache given is not changed.
     """
-    index = begin[:, None] + jnp.arange(window)[None]
-    inputs = jnp.maximum(jnp.take_along_axis(tokens, index, axis=1, mode="clip"), 0)
+    inputs = jnp.maximum(_windows(tokens, begin, window), 0)
     layers = LayerChoice(skip_attention=skip.attention, skip_mlp=skip.mlp)
     out, _ = run_scratch(target, cache.up_to(begin), inputs, limit, extent, layers)
     return decoder.unembed(target.params, target.cfg, out.hidden)
@@ -52,6 +56,5 @@ def matchness(
 ) -> Float[Array, " b"]:
     """The share of a window's tokens but the first that the skipped model predicts, per row."""
     logits = window_logits(target, cache, tokens, begin, limit, skip, window, extent)
-    index = begin[:, None] + jnp.arange(window)[None]
-    texts = jnp.take_along_axis(tokens, index, axis=1, mode="clip")
+    texts = _windows(tokens, begin, window)
     return jnp.mean(jnp.argmax(logits[:, :-1], axis=-1) == texts[:, 1:], axis=-1)
