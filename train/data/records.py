@@ -38,6 +38,8 @@ from train.data.prompts import corpus_pieces
 LINE_STYLES = {"lines": LONGCHAT_LEAD, "lines-lead": LONGCHAT_LEAD, "lines-short": SHORT}
 PLAIN = "text"
 _QUESTIONS = 6
+_DRAWS = 100
+"""Of a document: paragraphs that are drawn differ in length, and some do not fit."""
 _CHARACTERS = 4_000_000
 """Of the text that haystacks are cut from: enough that no piece is seen often."""
 
@@ -147,28 +149,43 @@ def _task_document(
     data: Materials,
     pieces: Callable[[int], str],
 ) -> str:
-    """A document of one task: of all lengths up to ``length``, those that hold it at all."""
-    seed = int(rng.integers(2**31))
-    tokens = int(rng.integers(length // 2, length + 1))
-    for size in (tokens, length):
-        again = np.random.default_rng([seed, size])
-        try:
-            if name in LINE_STYLES:
-                return write_records(again, tokenizer, size, LINE_STYLES[name], pieces)
-            if name == "infilling":
-                # Half of the text is missing on average, and has to fit as well.
-                text = complete(make_infilling(again, tokenizer, size // 2, data.source))
-            else:
-                task = find_task(name)
-                prompt = size - task.new_tokens
-                text = complete(task.make(again, tokenizer, prompt, None, data))
-        except ValueError:
-            if size == length:
-                raise
-            continue
-        if len(tokenizer.encode(text)) <= length:
-            return text
-    return _task_document(rng, name, length, tokenizer, data, pieces)
+    """A document of one task: of all lengths up to ``length``, those that hold it at all.
+
+    Raises:
+        ValueError: in many draws none fitted, not even into ``length`` tokens.
+    """
+    reason = ""
+    for _ in range(_DRAWS):
+        seed = int(rng.integers(2**31))
+        tokens = int(rng.integers(length // 2, length + 1))
+        for size in (tokens, length):
+            again = np.random.default_rng([seed, size])
+            try:
+                text = _make_document(again, name, size, tokenizer, data, pieces)
+            except ValueError as error:
+                reason = str(error)
+                continue
+            if len(tokenizer.encode(text)) <= length:
+                return text
+    raise ValueError(f"no document of {name!r} fits into {length} tokens: {reason}")
+
+
+def _make_document(
+    rng: np.random.Generator,
+    name: str,
+    size: int,
+    tokenizer: Tokenizer,
+    data: Materials,
+    pieces: Callable[[int], str],
+) -> str:
+    """A document of one task of about ``size`` tokens; ValueError: this draw does not fit."""
+    if name in LINE_STYLES:
+        return write_records(rng, tokenizer, size, LINE_STYLES[name], pieces)
+    if name == "infilling":
+        # Half of the text is missing on average, and has to fit as well.
+        return complete(make_infilling(rng, tokenizer, size // 2, data.source))
+    task = find_task(name)
+    return complete(task.make(rng, tokenizer, size - task.new_tokens, None, data))
 
 
 def write_corpus(
@@ -184,7 +201,9 @@ def write_corpus(
         lambda: {"documents": 0, "tokens": 0}
     )
     total = 0
-    with path.open("w", encoding="utf-8") as file:
+    # A run that was cut off must not leave what looks like a corpus.
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
         for kind, text in write_documents(mix, tokenizer, texts):
             size = len(tokenizer.encode(text))
             file.write(json.dumps({"text": text, "kind": kind}, ensure_ascii=False) + "\n")
@@ -192,7 +211,8 @@ def write_corpus(
             counts[kind]["tokens"] += size
             total += size
             if total >= tokens:
-                return dict(sorted(counts.items()))
+                break
+    partial.replace(path)
     return dict(sorted(counts.items()))
 
 

@@ -10,9 +10,18 @@ from tests.train.data.long_tasks.samples import materials, tokenizer
 from train.data.corpus import load_corpus
 from train.data.long_tasks.lines import LONGCHAT_LEAD, SHORT
 from train.data.long_tasks.registry import TASKS
-from train.data.records import PLAIN, Mix, write_corpus, write_documents, write_records
+from train.data.records import (
+    PLAIN,
+    Mix,
+    _make_document,
+    _task_document,
+    write_corpus,
+    write_documents,
+    write_records,
+)
 
 TEXTS = [materials().source.text]
+REORDER = 200
 
 
 def pieces(size: int) -> str:
@@ -63,6 +72,28 @@ def test_seeds_fix_the_documents():
 def test_every_task_can_be_mixed_in(task):
     kind, text = next(write_documents(Mix((task,), 1.0, 400, 0), tokenizer(), TEXTS))
     assert kind == task and 100 < len(tokenizer().encode(text)) <= 400
+
+
+def test_a_draw_that_does_not_fit_is_drawn_again():
+    # The paragraphs of most draws are too long for so few tokens.
+    rng, data = np.random.default_rng(0), materials()
+    one_draw = [np.random.default_rng(i) for i in range(40)]
+    missed = 0
+    for own in one_draw:
+        try:
+            _make_document(own, "reorder", REORDER, tokenizer(), data, pieces)
+        except ValueError:
+            missed += 1
+    assert 0 < missed < len(one_draw)
+    for _ in range(10):
+        text = _task_document(rng, "reorder", REORDER, tokenizer(), data, pieces)
+        assert len(tokenizer().encode(text)) <= REORDER
+
+
+def test_a_failed_corpus_leaves_no_file(tmp_path):
+    with pytest.raises(ValueError, match="no document of 'reorder' fits into 32 tokens"):
+        write_corpus(tmp_path / "a.jsonl", Mix(("reorder",), 0.9, 32, 0), tokenizer(), TEXTS, 500)
+    assert not (tmp_path / "a.jsonl").exists()
 
 
 def test_bad_mixes_are_refused():
