@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -22,6 +23,7 @@ from experiments.long_context_loss import (
 from experiments.long_context_summary import effective_length, short_length, show, summarise
 from experiments.long_context_tasks import PromptEncoder, evaluate, make_task_set
 from experiments.shown import long_context as shown
+from experiments.shown import long_context_figures
 from models import decoder
 from models.load import Model
 from tests.experiments.conftest import TEXT
@@ -225,6 +227,41 @@ def test_the_whole_command(folder: pathlib.Path, model: Model, tmp_path: pathlib
     assert "trained length" in text and "yarn:4" in text
     assert "start" in (tmp_path / "long_context_x_depth.svg").read_text()
     assert "evidence to the end" in (tmp_path / "long_context_x_distance.svg").read_text()
+
+
+def test_every_panel_shows_the_baselines_and_few_others():
+    others = [f"linear:{i}" for i in range(8)]
+    found = long_context_figures.panels(["dense", "window:64", *others, "dense"])
+    assert [p[:2] for p in found] == [["dense", "window:64"]] * 2
+    assert [name for p in found for name in p[2:]] == others
+    assert max(len(p) for p in found) == 2 + long_context_figures.LINES
+    assert long_context_figures.panels(["dense"]) == [["dense"]]
+
+
+def test_many_policies_are_drawn_in_several_panels(tmp_path: pathlib.Path):
+    policies = ["dense", "window", *(f"linear:{i}" for i in range(9))]
+    one, lengths = record.sample([0.5]), (128, 256)
+    rows = [
+        {
+            "kind": "loss", "policy": policy, "length": n, "edges": [n // 2, n], "nats": [one] * 2
+        }
+        for policy in policies
+        for n in lengths
+    ] + [
+        {
+            "kind": "task", "policy": policy, "length": n, "task": task, "depths": [0.0, 1.0],
+            "by_depth": [one] * 2, "by_distance": [one, None], "width": n // 2,
+        }
+        for policy in policies
+        for n in lengths
+        for task in ("lines", "needle")
+    ]  # fmt: skip
+    result = {"rows": [*rows, {"kind": "summary", "trained": 128}]}
+    for draw, count in (("curves", 2), ("heat_maps", 22), ("distances", 4)):
+        canvas = getattr(long_context_figures, draw)(result)
+        drawn = [a for a in canvas.axes if a.get_visible() and a.get_label() != "<colorbar>"]
+        assert len(drawn) == count
+        plt.close(canvas)
 
 
 def test_baselines_are_always_there(folder: pathlib.Path):
