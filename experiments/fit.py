@@ -174,7 +174,7 @@ def abstract(
             done=jnp.zeros(rows, bool),
             cache=init_cache(cfg, rows, length, settings.cache_dtype, width),
             drafter=None,
-            stats=init_stats(rows, 0),
+            stats=init_stats(rows, 0, 1),
         )
 
     state = jax.eval_shape(start)

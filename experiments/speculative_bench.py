@@ -5,10 +5,11 @@
         --prompts=chat=FILE.jsonl:turns,math=FILE.jsonl:question,code=FILE.jsonl.gz:prompt
 
 A category is ``NAME=SOURCE`` with a source of :mod:`train.data.prompts`, or ``NAME=raw:SOURCE`` for
-lines that are to be continued rather than answered. ``tuned`` is prompt lookup with the length that
-the machine's costs ask for (:mod:`inference.tuning`). Every drafter decodes every prompt; sides are
-timed in turn, and a row's samples are the repeats. ``--peers`` adds prompt lookup and assisted
-generation of ``transformers`` on the same weights and prompts (needs the extra ``[bench]``).
+lines that are to be continued rather than answered. ``tuned:NAME`` is a drafter with the length or
+the part of its tree that the machine's costs ask for (:mod:`inference.tuning`). Every drafter
+decodes every prompt; sides are timed in turn, and a row's samples are the repeats. ``--peers`` adds
+prompt lookup and assisted generation of ``transformers`` on the same weights and prompts (needs the
+extra ``[bench]``).
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from experiments.statements import Statement, value
 from inference.drafter import NoDrafter
 from inference.drafters.registry import make_drafter
 from inference.engine import Engine, make_engine
-from inference.tuning import WIDTHS, pass_seconds, tuned_lookup
+from inference.tuning import WIDTHS, pass_seconds, tuned
 from models.load import Model, load
 from ops.sampling import SamplingParams
 from train.data.prompts import load_prompts
@@ -85,11 +86,12 @@ def make_sides(
     """Every drafter by name, with its params; plain decoding first."""
     sides: dict[str, tuple[Any, Any]] = {"none": (NoDrafter(), None)}
     for name in settings.drafters:
-        if name == "tuned":
+        kind, _, wanted = name.partition(":")
+        drafter, params = make_drafter(wanted if kind == "tuned" else name, model)
+        if kind == "tuned":
             prompts = [p for ps in categories(settings, model, "train").values() for p in ps[:4]]
-            sides[name] = tuned_lookup(model, prompts, seconds), None
-        else:
-            sides[name] = make_drafter(name, model)
+            drafter = tuned(model, drafter, params, prompts, seconds)
+        sides[name] = drafter, params
     return sides
 
 
@@ -306,7 +308,9 @@ def main(_: Sequence[str]) -> None:
 def define_flags() -> None:
     """The command's flags."""
     flags.DEFINE_string("model", "python-5m", "The model.")
-    flags.DEFINE_list("drafters", ["lookup", "tuned", "recycling"], "Names, and tuned.")
+    flags.DEFINE_list(
+        "drafters", ["lookup", "tuned:lookup", "tuned:recycling"], "NAME or tuned:NAME."
+    )
     flags.DEFINE_list("prompts", ["code=python_stdlib"], "NAME=SOURCE or NAME=raw:SOURCE.")
     flags.DEFINE_bool("chat", False, "JSON lines are a user's turns in the chat template.")
     flags.DEFINE_integer("count", 6, "Prompts of a category.", lower_bound=1)

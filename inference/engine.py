@@ -203,7 +203,7 @@ class Engine:
             done=jnp.asarray(limits == lengths),
             cache=cache,
             drafter=drafter_state,
-            stats=init_stats(batch, self.drafter.max_depth),
+            stats=init_stats(batch, self.drafter.max_depth, self.drafter.width),
         )
         return state, seeds_array
 

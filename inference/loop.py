@@ -35,6 +35,7 @@ class Stats:
     accepted: Any  # (b,) int32, proposed tokens that were right, before any truncation
     emitted: Any  # (b,) int32, tokens added to the text
     by_depth: Any  # (b, d) int32, rounds in which more than d drafted tokens were accepted
+    by_node: Any  # (b, n) int32, rounds in which the draft's node was right, the root always
     layer_passes: Any  # (b,) float32, layers of the target run in turn, drafting included
 
     @property
@@ -59,8 +60,12 @@ class State:
     stats: Stats
 
 
-def init_stats(batch: int, depth: int) -> Stats:
-    """All zero, each field a buffer of its own so that it can be donated."""
+def init_stats(batch: int, depth: int, nodes: int) -> Stats:
+    """All zero, each field a buffer of its own so that it can be donated.
+
+    Args:
+        depth, nodes: most drafted tokens that a round accepts, and nodes of a draft with its root.
+    """
 
     def zeros(*shape: int) -> Array:
         return jnp.zeros(shape, jnp.int32)
@@ -68,6 +73,7 @@ def init_stats(batch: int, depth: int) -> Stats:
     return Stats(
         *(zeros(batch) for _ in range(4)),
         by_depth=zeros(batch, depth),
+        by_node=zeros(batch, nodes),
         layer_passes=jnp.zeros(batch, jnp.float32),
     )
 
@@ -285,7 +291,7 @@ def _commit(
         done=state.done | ended | (length >= state.limit),
         cache=cache,
         drafter=drafter_state,
-        stats=_count(state, draft, verdict.num_accepted, n_emit, layers),
+        stats=_count(state, draft, verdict.num_accepted, path, n_emit, layers),
     )
 
 
@@ -371,9 +377,19 @@ def _kept(
     return jnp.where(state.done, 0, count).astype(jnp.int32), ended
 
 
-def _count(state: State, draft: Draft, accepted: Array, n_emit: Array, layers: int) -> Stats:
+def _count(
+    state: State,
+    draft: Draft,
+    accepted: Int[Array, " b"],
+    path: Int[Array, "b d"],
+    n_emit: Int[Array, " b"],
+    layers: int,
+) -> Stats:
     live = (~state.done).astype(jnp.int32)
     stats = state.stats
+    right = jnp.arange(path.shape[1])[None] <= accepted[:, None]
+    nodes = jnp.arange(stats.by_node.shape[1])[None, None]
+    on_path = jnp.any((path[:, :, None] == nodes) & right[:, :, None], axis=1)
     depth = jnp.arange(stats.by_depth.shape[1])[None]
     drafting = 0.0 if draft.layer_passes is None else draft.layer_passes
     return Stats(
@@ -382,5 +398,6 @@ def _count(state: State, draft: Draft, accepted: Array, n_emit: Array, layers: i
         accepted=stats.accepted + live * accepted,
         emitted=stats.emitted + n_emit,
         by_depth=stats.by_depth + live[:, None] * (accepted[:, None] > depth),
+        by_node=stats.by_node + live[:, None] * on_path,
         layer_passes=stats.layer_passes + live * (layers + drafting),
     )

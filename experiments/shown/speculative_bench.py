@@ -22,6 +22,9 @@ NAMES = {
 
 def label(name: str) -> str:
     """A side's name in tables."""
+    kind, _, wanted = name.partition(":")
+    if kind == "tuned" and wanted:
+        return f"**{label(wanted)}, size by cost**"
     return NAMES.get(name, name)
 
 

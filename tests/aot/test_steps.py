@@ -118,7 +118,7 @@ def decode_lowering(mesh: Mesh, drafter: Any) -> tuple[Any, Any]:
         return State(
             tokens=jnp.zeros((rows, slots), jnp.int32), length=zeros, limit=zeros,
             done=jnp.zeros(rows, bool), cache=init_cache(cfg, rows, slots, jnp.bfloat16),
-            drafter=None, stats=init_stats(rows, drafter.max_depth),
+            drafter=None, stats=init_stats(rows, drafter.max_depth, drafter.width),
         )  # fmt: skip
 
     state = jax.eval_shape(start)

@@ -54,7 +54,7 @@ def test_likelihood_is_the_mean_log_probability_of_true_answers(records, cases):
 
 
 def test_bytes_count_the_target_once_a_round_and_the_drafter_once_a_token(cases):
-    stats = init_stats(2, 4)
+    stats = init_stats(2, 4, 5)
     stats = dataclasses.replace(stats, rounds=jnp.asarray([3, 1]), emitted=jnp.asarray([6, 2]))
     cfg = config()
     slot = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * 4

@@ -13,7 +13,7 @@ from models.load import Model
 
 def settings(folder: pathlib.Path, **changes: Any) -> bench.Settings:
     given: dict[str, Any] = {
-        "model": str(folder / "stories260k"), "drafters": ("lookup", "tuned"),
+        "model": str(folder / "stories260k"), "drafters": ("lookup", "tuned:recycling"),
         "prompts": (f"prose=text:{folder / 'texts'}",),
         "chat": False, "count": 2, "prompt_tokens": 16, "new_tokens": 8, "temperatures": ("0",),
         "batches": ("2",), "repeats": 1, "seeds": (0,), "peers": False, "assistant": "",
@@ -30,7 +30,7 @@ def rows(folder: pathlib.Path) -> list[dict[str, Any]]:
 def test_every_side_is_measured_in_every_category(rows):
     sides = [r for r in rows if r["kind"] == "side"]
     assert [(r["drafter"], r["category"]) for r in sides] == [
-        (name, "prose") for name in ("none", "lookup", "tuned")
+        (name, "prose") for name in ("none", "lookup", "tuned:recycling")
     ]
     assert sides[0]["speedup"]["samples"] == [1.0]
     assert sides[0]["tokens_per_pass"] == 1.0
@@ -44,7 +44,7 @@ def test_costs_batches_and_summaries_stand_beside(rows):
     assert costs[1] == 1.0
     batches = [r for r in rows if r["kind"] == "batch"]
     assert {(r["drafter"], r["batch"]) for r in batches} == {
-        ("none", 2), ("lookup", 2), ("tuned", 2),
+        ("none", 2), ("lookup", 2), ("tuned:recycling", 2),
     }  # fmt: skip
     found = {r["method"]: r for r in rows if r["kind"] == "summary"}
     lookup = found["lookup"]

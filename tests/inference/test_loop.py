@@ -108,6 +108,11 @@ def test_counters_add_up_in_every_round():
         np.testing.assert_array_equal(stats.drafted, stats.rounds * 80)
         np.testing.assert_array_equal(stats.accepted + stats.discarded, stats.drafted)
         np.testing.assert_array_equal(stats.by_depth.sum(axis=1), stats.accepted)
+        np.testing.assert_array_equal(stats.by_node[:, 0], stats.rounds)
+        # One node per level is right at most, and its parent with it.
+        levels = [stats.by_node[:, drafter.tree.depth == d + 1].sum(axis=1) for d in range(6)]
+        np.testing.assert_array_equal(np.stack(levels, 1), stats.by_depth)
+        assert np.all(stats.by_node[:, 1:] <= stats.by_node[:, drafter.tree.parent[1:]])
         # Rows that reached the limit inside a path emitted less than they accepted.
         assert np.all(stats.emitted <= stats.accepted + stats.rounds)
         going = ~state.done

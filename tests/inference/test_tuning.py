@@ -1,35 +1,36 @@
-import types
-
 import numpy as np
 import pytest
 
 from inference import tuning
-from inference.engine import Generation
+from inference.drafter import NoDrafter
+from inference.drafters.lookup import LookupDrafter
 from inference.loop import Stats
-from inference.tuning import best_length, pass_seconds, tuned_lookup
+from inference.tuning import best_count, by_gain, pass_seconds, tuned
 from models.load import Model
+from ops.tree import tree_from_paths
+from research.speculative.token_recycling.drafter import TokenRecycling
 from tests.inference.models import VOCAB, config, letters, weights
 
 STEEP, FLAT = {1: 1.0, 2: 2.0, 16: 16.0}, {1: 1.0, 2: 1.0, 16: 1.0}
 
 
 def test_passes_that_cost_nothing_more_take_the_longest_draft():
-    assert best_length(FLAT, [0.5, 0.2, 0.01]) == 3
+    assert best_count(FLAT, [0.5, 0.2, 0.01]) == 3
 
 
 def test_passes_that_cost_as_much_as_their_tokens_take_none():
-    assert best_length(STEEP, [0.9, 0.8, 0.7]) == 0
+    assert best_count(STEEP, [0.9, 0.8, 0.7]) == 0
 
 
 def test_between_them_the_length_is_where_tokens_per_second_are_most():
     # A jump of 0.4 for a second token, then 0.1 for each: (1, 1.6 / 1.4, 2.0 / 1.5, 2.04 / 1.6).
     costs = {1: 1.0, 2: 1.4, 4: 1.6}
-    assert best_length(costs, [0.6, 0.4, 0.04]) == 2
+    assert best_count(costs, [0.6, 0.4, 0.04]) == 2
 
 
 def test_the_cost_of_a_plain_pass_is_needed():
     with pytest.raises(ValueError, match="measure width 1"):
-        best_length({2: 1.0}, [0.5])
+        best_count({2: 1.0}, [0.5])
 
 
 def test_costs_are_seconds_by_width():
@@ -39,19 +40,78 @@ def test_costs_are_seconds_by_width():
     assert all(0 < value < 60 for value in seconds.values())
 
 
+def test_making_a_draft_costs_too():
+    gains = [0.3, 0.2]
+    assert best_count(FLAT, gains) == 2
+    assert best_count(FLAT, gains, drafting=0.4) == 2
+    assert best_count(FLAT, gains, drafting=0.6) == 0
+
+
+def test_nodes_come_after_their_parents_and_lower_siblings():
+    tree = tree_from_paths([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0)])
+    # By nodes: the root, 0, 1, 2, 00, 01, 10. Node 2 beats its sibling 1, and 01 its sibling 00.
+    order = by_gain(tree, np.array([1.0, 0.5, 0.1, 0.2, 0.1, 0.3, 0.05]))
+    assert order[0] == 1 and sorted(order) == [1, 2, 3, 4, 5, 6]
+    for count in range(1, 7):
+        paths = {tree.paths[node - 1] for node in order[:count]}
+        for path in paths:
+            assert path[:-1] in paths or len(path) == 1
+            assert all((*path[:-1], rank) in paths for rank in range(path[-1]))
+
+
+def count_and_time(monkeypatch: pytest.MonkeyPatch, stats: Stats, drafting: float = 0.0) -> None:
+    """Decoding that counts what it is told, and drafts that take a time of our choice."""
+    monkeypatch.setattr(tuning, "counted", lambda *_: stats)
+    monkeypatch.setattr(tuning, "drafting_seconds", lambda *_: drafting)
+
+
 def test_lookup_gets_the_length_that_its_hits_pay_for(monkeypatch: pytest.MonkeyPatch):
     # Two rows with ten rounds in which 6 tokens were drafted, of which 5 had a first one right.
-    rounds = np.array([40, 30], np.int32)
+    monkeypatch.setattr(tuning, "LONGEST_LOOKUP", 6)
+    rounds, drafted = np.array([40, 30], np.int32), np.array([36, 24], np.int32)
     by_depth = np.array([[3, 3, 2, 0, 0, 0], [2, 1, 1, 0, 0, 0]], np.int32)
-    stats = Stats(rounds, np.array([36, 24], np.int32), rounds, rounds, by_depth, rounds)
-    made = types.SimpleNamespace(generate=lambda *_, **__: Generation([], stats))
-    monkeypatch.setattr(tuning, "make_engine", lambda *_, **__: made)
+    by_node = np.concatenate([rounds[:, None], by_depth], axis=1)
+    count_and_time(monkeypatch, Stats(rounds, drafted, rounds, rounds, by_depth, by_node, rounds))
     model = Model(weights(config()), config(), letters(VOCAB), "tiny")
 
     def length(seconds: dict[int, float]) -> int:
-        return tuned_lookup(model, [[1]], seconds, longest=6).length
+        chosen = tuned(model, LookupDrafter(), None, [[1]], seconds)
+        assert isinstance(chosen, LookupDrafter)
+        return chosen.length
 
     assert length(FLAT) == 3
     assert length(STEEP) == 1
     # A second token in 0.4 of the rounds pays for 0.2 of a pass, a third in 0.3 for no 0.4.
     assert length({1: 1.0, 2: 1.2, 3: 1.4, 4: 1.8, 7: 3.0}) == 2
+
+
+def test_a_tree_keeps_the_nodes_that_pay(monkeypatch: pytest.MonkeyPatch):
+    tree = tree_from_paths([(0,), (1,), (0, 0), (0, 1)])
+    rounds = np.array([10], np.int32)
+    by_node = np.array([[10, 6, 1, 4, 0]], np.int32)
+    stats = Stats(rounds, rounds, rounds, rounds, np.array([[7, 4]]), by_node, rounds)
+    model = Model(weights(config()), config(), letters(VOCAB), "tiny")
+
+    def paths(seconds: dict[int, float], drafting: float = 0.0) -> set[tuple[int, ...]]:
+        count_and_time(monkeypatch, stats, drafting)
+        chosen = tuned(model, TokenRecycling(tree), None, [[1]], seconds)
+        assert isinstance(chosen, TokenRecycling)
+        return set(chosen.tree.paths)
+
+    assert paths(FLAT) == {(0,), (1,), (0, 0)}
+    assert paths({1: 1.0, 2: 1.2, 3: 1.4, 4: 1.7, 16: 5.0}) == {(0,), (0, 0)}
+    assert paths(STEEP) == {(0,)}
+    # What drafting takes is paid once, so more nodes are worth it.
+    assert paths({1: 1.0, 2: 1.2, 3: 1.4, 4: 1.46, 16: 5.0}, 1.0) == {(0,), (1,), (0, 0)}
+
+
+def test_drafts_are_counted_and_timed():
+    model = Model(weights(config()), config(), letters(VOCAB), "tiny")
+    chosen = tuned(model, TokenRecycling(), None, [[1, 2], [3]], {1: 1.0, 2: 1.0, 99: 1.0}, 8)
+    assert isinstance(chosen, TokenRecycling) and 2 <= chosen.width <= 81
+
+
+def test_what_has_no_static_tree_is_refused():
+    model = Model(weights(config()), config(), letters(VOCAB), "tiny")
+    with pytest.raises(ValueError, match="NoDrafter has no static tree"):
+        tuned(model, NoDrafter(), None, [[1]], FLAT)
