@@ -4,7 +4,8 @@
 
 Prompts hide numbers in text and ask for one of them. The target reads the whole prompt, within its
 trained length or beyond it under a policy; the drafter, the same model, reads chunks of about 32
-tokens that BM25 chooses. ``irrelevant`` lets it read what was retrieved for another prompt.
+tokens that BM25, or an encoder's vectors, choose. ``irrelevant`` lets it read what was retrieved
+for another prompt.
 """
 
 import dataclasses
@@ -25,12 +26,12 @@ from experiments.statements import Statement, at_least, value
 from inference.drafter import NoDrafter
 from inference.engine import Engine, make_engine
 from inference.policies.registry import make_policy
-from models import decoder
+from models import bert, decoder
 from models.load import Model, load
 from ops.sampling import SamplingParams
 from ops.transfer import Transfer, emitted_law
 from research.speculative.rapid.drafter import rapid_drafter
-from research.speculative.rapid.retrieval import BM25, retrieve
+from research.speculative.rapid.retrieval import BM25, Embedding, Retriever, retrieve
 from research.speculative.superposed.generate import one_pass, policy_of
 from train.data.long_tasks.example import Example
 from train.data.long_tasks.registry import Materials, find_task, make_examples
@@ -107,6 +108,7 @@ class Settings:
     chunk: int
     budget: int
     draft_length: int
+    retriever: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +128,8 @@ def make_cases(s: Settings, model: Model, task: str, seed: int) -> list[Case]:
     tokens = s.length - find_task(task).new_tokens
     places = np.linspace(0, 1, s.count).tolist()
     examples = make_examples(task, encoder, tokens, places, seed, data)
-    found = [_retrieved(s, model, example) for example in examples]
+    retriever = make_retriever(s.retriever)
+    found = [_retrieved(s, model, retriever, example) for example in examples]
     cases = []
     for i, example in enumerate(examples):
         question = example.prompt.rsplit("\n", 2)[1:]
@@ -140,13 +143,19 @@ def make_cases(s: Settings, model: Model, task: str, seed: int) -> list[Case]:
     return cases
 
 
-def _retrieved(s: Settings, model: Model, example: Example) -> str:
+@functools.cache
+def make_retriever(name: str) -> Retriever:
+    """BM25, or cosines of the sentence encoder in a folder; the best chunks whatever they score."""
+    return BM25() if name == "bm25" else Embedding(bert.load(name), threshold=-1.0)
+
+
+def _retrieved(s: Settings, model: Model, retriever: Retriever, example: Example) -> str:
     context, question, lead = example.prompt.rsplit("\n", 2)
 
     def count(text: str) -> int:
         return len(model.tokenizer.encode(text))
 
-    return retrieve(context, f"{question} {lead}", BM25(), count, s.chunk, s.budget)
+    return retrieve(context, f"{question} {lead}", retriever, count, s.chunk, s.budget)
 
 
 def answers(
@@ -367,7 +376,8 @@ def main(_: Sequence[str]) -> None:
     print(show(rows))
     print(statements.show(found))
     place = pathlib.Path(settings.model).name.replace("-", "_")
-    name = f"rapid_{place}_{settings.length}"
+    how = "" if settings.retriever == "bm25" else "_vectors"
+    name = f"rapid_{place}_{settings.length}{how}"
     path = record.save(name, rows, config=settings, seeds=settings.seeds, statements=found)
     print("saved", path)
 
@@ -384,6 +394,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("chunk", 32, "Most tokens of a chunk.")
     flags.DEFINE_integer("budget", 96, "Most tokens of a retrieved context.")
     flags.DEFINE_integer("draft_length", 10, "Tokens of a draft.")
+    flags.DEFINE_string("retriever", "bm25", "bm25, or the folder of a BERT sentence encoder.")
 
 
 if __name__ == "__main__":

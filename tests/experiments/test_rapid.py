@@ -22,6 +22,7 @@ SETTINGS = rapid.Settings(
     chunk=16,
     budget=32,
     draft_length=4,
+    retriever="bm25",
 )
 
 
