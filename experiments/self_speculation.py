@@ -1,7 +1,7 @@
 """A model that drafts for itself: by leaving sub-layers out (SWIFT), or its last layers (DEL).
 
-    python -m experiments.self_speculation --protocol=sets --model=runs/layerskip-export
-    python -m experiments.self_speculation --protocol=exits --model=runs/layerskip-export
+    python -m experiments.self_speculation --protocol=sets --model=layerskip-5m --max_score=2
+    python -m experiments.self_speculation --protocol=exits --model=layerskip-5m
 
 Both are also run on ``python-5m``, which was trained without layer dropout and exits: how much a
 model needs that training is part of the answer. Greedy, float32.
