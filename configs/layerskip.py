@@ -8,8 +8,8 @@ It goes on from `python-5m` with its corpus and tokenizer. The control without t
 
 19 minutes on 2 cores (AMD EPYC). Nats per token of held-out files after layers 1 to 6: 5.84, 5.02,
 4.56, 3.28, 3.01, 2.83 (1.100 bits per byte; python-5m has 1.086). An exit is worth taking within
-about 1 nat of the last: so few updates bring only those after layers 4 and 5 there. The result ships
-as `layerskip-5m`.
+about 1 nat of the last: so few updates bring only those after layers 4 and 5 there. The result
+ships as `layerskip-5m`.
 """
 
 from configs import base_lm

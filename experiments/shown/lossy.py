@@ -5,7 +5,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure as Canvas
 
-from experiments.report import number
+from experiments.figures import Figure
+from experiments.report import Rendered, Statements, Table, number
 from experiments.shown.long_context import percent
 
 SUPERPOSED = {
@@ -121,3 +122,21 @@ def rapid_curve(result: dict[str, Any]) -> Canvas:
     axes[0].legend(fontsize=7)
     figure.tight_layout()
     return figure
+
+
+SUPERPOSED_PAGE = "research/speculative/superposed/README.md"
+SUPERPOSED_RESULT = "superposed_python_5m"
+RAPID_PAGE = "research/speculative/rapid/README.md"
+RAPID_RESULT = "rapid_records_11m_256"
+
+TABLES: tuple[Rendered, ...] = (
+    Table("superposed", SUPERPOSED_PAGE, SUPERPOSED_RESULT, SUPERPOSED_HEADER, superposed_row),
+    Table(
+        "superposed-linearity", SUPERPOSED_PAGE, SUPERPOSED_RESULT, LINEARITY_HEADER,
+        linearity_row, has_linearity,
+    ),
+    Statements("superposed-statements", SUPERPOSED_PAGE, SUPERPOSED_RESULT),
+    Table("rapid", RAPID_PAGE, RAPID_RESULT, RAPID_HEADER, rapid_row),
+    Statements("rapid-statements", RAPID_PAGE, RAPID_RESULT),
+)  # fmt: skip
+FIGURES = (Figure("experiments/results/rapid.svg", RAPID_RESULT, rapid_curve),)

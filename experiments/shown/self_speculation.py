@@ -6,7 +6,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 
-from experiments.report import number
+from experiments.figures import Figure
+from experiments.report import Rendered, Statements, Table, number
 
 SETS = {
     "found": "**searched while serving**",
@@ -98,3 +99,19 @@ def exit_grid(result: dict[str, Any]) -> Canvas:
     figure.colorbar(shown, label="tokens per layer, times layers")
     figure.tight_layout()
     return figure
+
+
+SWIFT_PAGE = "research/speculative/swift/README.md"
+DEL_PAGE = "research/speculative/del_exit/README.md"
+FOUND_SETS = "self_speculation_sets_layerskip_5m"
+TRAINED_EXITS = "self_speculation_exits_layerskip_5m"
+UNTRAINED_EXITS = "self_speculation_exits_python_5m"
+
+TABLES: tuple[Rendered, ...] = (
+    Table("sets", SWIFT_PAGE, FOUND_SETS, SETS_HEADER, set_row),
+    Statements("sets-statements", SWIFT_PAGE, FOUND_SETS),
+    Table("exits", DEL_PAGE, TRAINED_EXITS, EXITS_HEADER, exit_row),
+    Statements("exits-statements", DEL_PAGE, TRAINED_EXITS),
+    Table("untrained-exits", DEL_PAGE, UNTRAINED_EXITS, EXITS_HEADER, exit_row),
+)
+FIGURES = (Figure("experiments/results/self_speculation_exits.svg", TRAINED_EXITS, exit_grid),)

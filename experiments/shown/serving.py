@@ -5,7 +5,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure as Canvas
 
-from experiments.report import number
+from experiments.figures import Figure
+from experiments.report import Rendered, Statements, Table, number
 
 KINDS = {
     "plain": "plain decoding, static batches",
@@ -133,3 +134,19 @@ def rates(result: dict[str, Any]) -> Canvas:
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     return figure
+
+
+BATCH_PAGE = "research/speculative/batch_spec/README.md"
+BATCH_RESULT = "batch_speculation_python_5m"
+SPECDEC_PAGE = "research/speculative/specdec_pp/README.md"
+SPECDEC_RESULT = "specdec_pp_python_5m"
+
+TABLES: tuple[Rendered, ...] = (
+    Table("batch", BATCH_PAGE, BATCH_RESULT, BATCH_HEADER, batch_row, is_decoding),
+    Table("batch-checks", BATCH_PAGE, BATCH_RESULT, CHECK_HEADER, check_row, is_check),
+    Statements("batch-statements", BATCH_PAGE, BATCH_RESULT),
+    Table("specdec-rates", SPECDEC_PAGE, SPECDEC_RESULT, RATE_HEADER, rate_row, is_rule),
+    Table("specdec-heads", SPECDEC_PAGE, SPECDEC_RESULT, HEAD_HEADER, head_row, is_head),
+    Statements("specdec-statements", SPECDEC_PAGE, SPECDEC_RESULT),
+)
+FIGURES = (Figure("experiments/results/specdec_pp.svg", SPECDEC_RESULT, rates),)
