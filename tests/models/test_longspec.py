@@ -101,7 +101,8 @@ def test_training_is_decoding_with_entries_hidden(shift: int) -> None:
         rope = longspec.target_rope(DensePolicy(), TARGET, here)
         q, k, v = longspec.project_own(PARAMS, TARGET, x, rope)
         ring = ring.append(k, v, index[0], jnp.ones(1, jnp.int32))
-        mixed = longspec.attend_own(q, Entries(*ring.read(), ring.seen_from(index)))
+        held_k, held_v = ring.read()
+        mixed = longspec.attend_own(q, Entries(held_k, held_v, ring.seen_from(index)))
         seen = AttentionMask(lengths=jnp.maximum(index[0] - shift + 1, 0))
         out = longspec.complete(PARAMS, TARGET, x, mixed, rope, Entries(keys, values, seen))
         return ring, out[:, 0]
@@ -188,7 +189,7 @@ def test_the_layer_has_biases_on_queries_keys_and_values_alone() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"window": 0}, {"max_shift": 0}, {"reach": -1}])
-def test_settings_are_checked(changes: dict[str, int]) -> None:
+def test_settings_are_checked(changes: Any) -> None:
     with pytest.raises(ValueError, match="LongSpec needs a window and max_shift of 1 or more"):
         LongSpecConfig(**changes)
     with pytest.raises(ValueError, match="choose one with rotary ones"):
