@@ -19,7 +19,7 @@ def top1(row: Row, seed: int, step: int, edge: int | None = None) -> float:
 def kept(row: Row, seed: int) -> float:
     """Agreement at the farthest positions as a share of that at the nearest."""
     near, far = row["edges"][0], row["edges"][-1]
-    return top1(row, seed, 1, far) / top1(row, seed, 1, near)
+    return top1(row, seed, 1, far) / max(top1(row, seed, 1, near), 1e-9)
 
 
 def later(row: Row, seed: int) -> float:

@@ -20,7 +20,7 @@ from research.speculative.longspec.drafter import KIND
 
 def save(folder: pathlib.Path, model: Model, name: str, **changes: Any) -> str:
     """An exported layer with its first weights."""
-    cfg = longspec.LongSpecConfig(**({"window": 8} | changes))
+    cfg = dataclasses.replace(longspec.LongSpecConfig(window=8), **changes)
     made = params_.init(longspec.specs(cfg, model.cfg), jax.random.key(0))
     save_drafter(folder / name, KIND, cfg, made, model.cfg)
     return f"{name}={folder / name}"
@@ -79,10 +79,11 @@ def test_agreement_by_hand() -> None:
     }
     assert kept(row, -1) == 0.5
     np.testing.assert_allclose(later(row, 0), (0.4 + 0.3 + 0.2) / 3)
+    nothing = row | {f"top1@{edge}/step1": one(0.0) for edge in (256, 1024)}
+    assert kept(nothing, -1) == 0.0
 
 
 @pytest.mark.parametrize("draft", ["full", "best=folder", "full="])
 def test_drafts_are_named_by_method(folder: pathlib.Path, model: Model, draft: str) -> None:
-    given = dataclasses.replace(settings(folder, (draft,)))
     with pytest.raises(ValueError, match="write METHOD=DIR, of full, no-offset"):
-        experiment.load_drafts(given, model)
+        experiment.load_drafts(settings(folder, (draft,)), model)
