@@ -9,6 +9,7 @@ with a chain and a tree. What must hold: :mod:`experiments.longspec_statements`.
 """
 
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +25,6 @@ from experiments.long_context_loss import cut_windows, read_text
 from experiments.longspec_statements import METHODS, STATEMENTS
 from experiments.settings import from_flags
 from inference.drafter import Drafter, NoDrafter, Request, Target, TargetOutputs
-from inference.drafters.lookup import LookupDrafter
 from inference.drafters.registry import make_drafter
 from inference.engine import Engine, make_engine
 from inference.policies.registry import make_policy
@@ -46,6 +46,7 @@ class Settings:
     model: str
     policy: str
     drafts: tuple[str, ...]
+    rivals: tuple[str, ...]
     corpus: str
     seeds: tuple[int, ...]
     edges: tuple[int, ...]
@@ -126,13 +127,11 @@ def engine_of(s: Settings, model: Model, policy: Any, drafter: Drafter, params: 
 
 
 def decoded(
-    s: Settings, model: Model, policy: Any, drafter: Drafter, params: Any, prompts: Any
+    engine: Engine, prompts: Sequence[list[int]], new_tokens: int, plain: Sequence[list[int]]
 ) -> dict[str, float]:
     """Tokens per pass over the prompts, and how many texts are not those of plain decoding."""
-    got = engine_of(s, model, policy, drafter, params).generate(prompts, s.new_tokens)
-    plain = engine_of(s, model, policy, NoDrafter(drafter.width), None)
-    same = plain.generate(prompts, s.new_tokens).tokens
-    differing = sum(a != b for a, b in zip(got.tokens, same, strict=True))
+    got = engine.generate(prompts, new_tokens)
+    differing = sum(a != b for a, b in zip(got.tokens, plain, strict=True))
     return {"tokens_per_pass": got.tokens_per_pass, "mismatches": float(differing)}
 
 
@@ -212,6 +211,16 @@ def run(s: Settings) -> list[dict[str, Any]]:
         )
         for seed in s.seeds
     }
+
+    @functools.cache
+    def plain(width: int, seed: int) -> list[list[int]]:
+        engine = engine_of(s, model, policy, NoDrafter(width), None)
+        return engine.generate(prompts[seed], s.new_tokens).tokens
+
+    def with_drafter(drafter: Drafter, params: Any, seed: int) -> dict[str, float]:
+        engine = engine_of(s, model, policy, drafter, params)
+        return decoded(engine, prompts[seed], s.new_tokens, plain(drafter.width, seed))
+
     rows = []
     for method, (drafter, params) in drafts.items():
         print(method, flush=True)
@@ -221,14 +230,16 @@ def run(s: Settings) -> list[dict[str, Any]]:
         for seed in s.seeds:
             row = measure(seed)
             for name, one in (("chain", chain), ("tree", drafter)):
-                found = decoded(s, model, policy, one, params, prompts[seed])
+                found = with_drafter(one, params, seed)
                 row |= {f"{key}/{name}": value for key, value in found.items()}
             each.append(row)
         kept = {f"bytes@{n}": draft_bytes(model, drafter, params, n) for n in s.slots}
         rows.append(_summarise(method, each) | {"edges": list(s.edges), "bytes": kept})
-    lookup = LookupDrafter()
-    each = [decoded(s, model, policy, lookup, None, prompts[seed]) for seed in s.seeds]
-    rows.append(_summarise("lookup", each))
+    for name in s.rivals:
+        print(name, flush=True)
+        rival, params = make_drafter(name, model)
+        each = [with_drafter(rival, params, seed) for seed in s.seeds]
+        rows.append(_summarise(name.partition(":")[0], each))
     for slots in s.slots:
         timed = tree_attention(s, model, slots)
         rows.append(_summarise(f"attention-{slots}", [timed(seed) for seed in s.seeds]))
@@ -280,6 +291,7 @@ def define_flags() -> None:
     flags.DEFINE_string("model", "python-5m", "The frozen target.")
     flags.DEFINE_string("policy", "yarn:4", "How it attends, as when the drafts were trained.")
     flags.DEFINE_list("drafts", [], "METHOD=DIR of exported drafts.")
+    flags.DEFINE_list("rivals", ["lookup"], "Other drafters by name, such as draft:python-1m.")
     flags.DEFINE_string("corpus", "python_stdlib", "python_stdlib, python_packages or text:PATH.")
     flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of windows and prompts.")
     flags.DEFINE_list("edges", ["256", "512", "1024", "2048"], "Positions that part the windows.")

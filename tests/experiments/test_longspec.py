@@ -32,6 +32,7 @@ def settings(folder: pathlib.Path, drafts: tuple[str, ...]) -> experiment.Settin
         model=str(folder / "stories260k"),
         policy="dense",
         drafts=drafts,
+        rivals=("lookup",),
         corpus=f"text:{folder / 'texts'}",
         seeds=(0, 1),
         edges=(24, 48),
