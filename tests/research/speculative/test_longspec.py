@@ -13,11 +13,13 @@ from inference.drafter import Context, Draft, NoDrafter, Target
 from inference.drafters.registry import check_name, make_drafter
 from inference.loop import decode_rounds, prefill_chunk
 from inference.policies.registry import make_policy
+from inference.sharded import shard_engine
 from models import decoder, longspec, params
 from models.attention import Step
 from models.drafter_io import save_drafter
 from models.load import Model
 from models.positions import RopeScaling
+from models.sharding import make_mesh
 from ops.sampling import SamplingParams
 from research.speculative.longspec.drafter import BEAM, CHAIN, LongSpecDrafter
 from tests.inference.models import (
@@ -197,6 +199,15 @@ def test_the_drafters_bytes_do_not_depend_on_the_text():
     }
     heads = 2 * CFG.num_kv_heads * CFG.head_dim
     assert sizes == {4 * (SMALL.window + len(TREE) + 1) * (heads + 1)}
+
+
+@pytest.mark.slow
+def test_over_a_mesh_the_texts_are_the_same():
+    """Rows, heads and the slots of the target's cache divided between eight devices."""
+    eng = engine(CFG, drafter=drafter(), drafter_params=layer(), widths=())
+    mesh = make_mesh("data=2,tensor=2,context=2", jax.devices()[:8])
+    over = shard_engine(eng, mesh).generate(prompts(), 8)
+    assert over.tokens == eng.generate(prompts(), 8).tokens
 
 
 # Sampling, by the rule of fixed candidate sets.
