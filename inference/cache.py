@@ -4,6 +4,8 @@ Slots of a row, from the left: ``length`` committed ones, then ``scratch`` appen
 kept, then stale ones, which may hold anything and are never seen. A decoding round appends its
 draft as scratch and then commits the accepted path; what was rejected becomes stale.
 
+A drafter that looks back only so far keeps a :class:`Ring` of constant size instead.
+
 Under a mesh with an axis ``context`` everything per slot is split over it (:mod:`inference.slots`).
 """
 
@@ -17,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from inference.slots import take_slots, write_run, write_slots
 from models.decoder import Config, default_policy
+from ops.attention import AttentionMask
 
 
 @struct.dataclass
@@ -187,6 +190,116 @@ def init_cache(
         length=jnp.zeros((batch,), jnp.int32),
         scratch=jnp.zeros((batch,), jnp.int32),
         next_position=jnp.zeros((batch,), jnp.int32),
+    )
+
+
+@struct.dataclass
+class Ring:
+    """Keys and values of the newest tokens of one layer, at ``position % slots`` of each row.
+
+    Keys lie there rotated. ``window`` is how far back queries look: a ring of ``window`` plus n
+    slots holds all that n new tokens see, the oldest of them included.
+    """
+
+    k: Any  # (b, g, r, d)
+    v: Any  # (b, g, r, dv)
+    positions: Any  # (b, r) int32, -1 where nothing was written yet
+    window: int = struct.field(pytree_node=False)
+
+    @property
+    def slots(self) -> int:
+        """Entries that a row holds."""
+        return self.positions.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, whatever the length of the text."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def append(
+        self,
+        k: Float[Array, "b t g d"],
+        v: Float[Array, "b t g dv"],
+        start: Int[Array, " b"],
+        count: Int[Array, " b"],
+    ) -> "Ring":
+        """Write the first ``count`` of ``t`` entries, at positions from ``start`` on.
+
+        Raises:
+            ValueError: more entries than would leave the oldest one its window.
+        """
+        t = k.shape[1]
+        if self.window + t > self.slots:
+            raise ValueError(
+                f"a ring of {self.slots} slots cannot take {t} new tokens that look back "
+                f"{self.window}: give it at least {self.window + t} slots."
+            )
+        index = jnp.arange(t, dtype=jnp.int32)[None]
+        return self._write(k, v, start[:, None] + index, index < count[:, None])
+
+    def begin(
+        self, k: Float[Array, "b t g d"], v: Float[Array, "b t g dv"], end: Int[Array, " b"]
+    ) -> "Ring":
+        """Write ``t`` entries up to position ``end - 1``: what the next tokens look back at.
+
+        Those before position 0 are not there.
+
+        Raises:
+            ValueError: more entries than slots.
+        """
+        t = k.shape[1]
+        if t > self.slots:
+            raise ValueError(f"{t} entries for a ring of {self.slots} slots: give the last ones.")
+        positions = (end - t)[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
+        return self._write(k, v, positions, positions >= 0)
+
+    def read(self) -> tuple[Float[Array, "b r g d"], Float[Array, "b r g dv"]]:
+        """All slots, in the order that they have by chance."""
+        return jnp.swapaxes(self.k, 1, 2), jnp.swapaxes(self.v, 1, 2)
+
+    def seen_from(self, positions: Int[Array, "b t"]) -> AttentionMask:
+        """What queries at these positions see: themselves and ``window`` tokens before them."""
+        return AttentionMask(
+            q_positions=positions,
+            k_positions=self.positions,
+            window=jnp.asarray(self.window + 1, jnp.int32),
+            k_valid=self.positions >= 0,
+            causal=True,
+        )
+
+    def _write(self, k: Array, v: Array, positions: Array, valid: Array) -> "Ring":
+        slots = jnp.where(valid, positions % self.slots, self.slots)  # beyond the end: dropped
+
+        def put(buffer: Array, slots: Array, new: Array) -> Array:
+            return buffer.at[:, slots].set(new.astype(buffer.dtype), mode="drop")
+
+        return dataclasses.replace(
+            self,
+            k=jax.vmap(put)(self.k, slots, jnp.swapaxes(k, 1, 2)),
+            v=jax.vmap(put)(self.v, slots, jnp.swapaxes(v, 1, 2)),
+            positions=jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))(
+                self.positions, slots, positions
+            ),
+        )
+
+
+def init_ring(cfg: Config, batch: int, window: int, appended: int, dtype: Any) -> Ring:
+    """An empty ring for one layer like the config's, to which ``appended`` tokens come at once.
+
+    Raises:
+        ValueError: a negative window, or nothing to append.
+    """
+    if window < 0 or appended < 1:
+        raise ValueError(
+            f"a ring needs a window of 0 or more tokens and at least one to append, got {window} "
+            f"and {appended}."
+        )
+    shape = (batch, cfg.num_kv_heads, window + appended, cfg.head_dim)
+    return Ring(
+        jnp.zeros(shape, dtype),
+        jnp.zeros(shape, dtype),
+        jnp.full((batch, window + appended), -1, jnp.int32),
+        window,
     )
 
 

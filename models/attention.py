@@ -262,7 +262,6 @@ class DensePolicy:
         cache: Any,
     ) -> Attended:
         """See :class:`AttentionPolicy`."""
-        scale = q.shape[-1] ** -0.5
         if shared is not None:
             q = shared.rotate_q(q)
             if not (shared.rotate_cached_keys and cache is not None):
@@ -272,11 +271,23 @@ class DensePolicy:
             k, v = cache.read(step.extent)
             if shared is not None and shared.rotate_cached_keys:
                 k = shared.rotate_k(k)
-        mask = dense_mask(step, layer, cached=cache is not None)
-        out = mesh_attention(
+        return Attended(out=self.mix(layer, q, k, v, step, cache is not None), cache=cache)
+
+    def mix(
+        self,
+        layer: Any,
+        q: Float[Array, "b t h d"],
+        k: Float[Array, "b s g d"],
+        v: Float[Array, "b s g dv"],
+        step: Step,
+        cached: bool,
+    ) -> Float[Array, "b t h dv"]:
+        """Rotated queries over rotated keys: the new ones or, if ``cached``, those of all slots."""
+        mask = dense_mask(step, layer, cached)
+        scale = q.shape[-1] ** -0.5
+        return mesh_attention(
             q, k, v, mask=mask, scale=scale, implementation=self.implementation, blocks=self.blocks
         )
-        return Attended(out=out, cache=cache)
 
 
 def dense_mask(step: Step, window: Any, cached: bool) -> AttentionMask:

@@ -1,8 +1,9 @@
 """Draft trees whose shape depends on the draft's own confidence, with static buffer sizes.
 
-:func:`dynamic_tree` is EAGLE-2's builder (arXiv 2406.16858); :func:`budget_level` is Clover-1's
-rule for small budgets (arXiv 2405.00263). Both depend on the context only, not on a random draw,
-so their trees are deterministic sets for the verifier.
+:func:`dynamic_tree` is EAGLE-2's builder (arXiv 2406.16858); :func:`beam_tree` is LongSpec's
+(arXiv 2502.17421); :func:`budget_level` is Clover-1's rule for small budgets (arXiv 2405.00263).
+All depend on the context only, not on a random draw, so their trees are deterministic sets for
+the verifier.
 """
 
 from collections.abc import Callable
@@ -19,15 +20,16 @@ from ops.tree import Tree, tree_from_parents
 
 @struct.dataclass
 class Frontier:
-    """The ``k`` nodes that one expansion of :func:`dynamic_tree` feeds to the draft.
+    """The ``k`` nodes that one expansion feeds to the draft.
 
-    ``ancestors[b, i, j]`` says that slot ``j`` of the nodes fed so far (expansion ``e`` fills
-    slots ``e k`` to ``e k + k - 1``) is node ``i`` or one of its ancestors.
+    ``ancestors[b, i, j]`` says that slot ``j`` of the nodes fed so far is node ``i`` or one of its
+    ancestors. In :func:`dynamic_tree` expansion ``e`` fills slots ``e k`` to ``e k + k - 1`` of all
+    ``depth * k``; in :func:`beam_tree` the slots are all nodes fed up to now, in order.
     """
 
     tokens: Any  # (b, k) int32
     source: Any  # (b, k) int32: slot of each node's parent in the frontier before, 0 at first
-    ancestors: Any  # (b, k, depth * k) bool
+    ancestors: Any  # (b, k, slots) bool
     level: Any  # scalar int32: expansions done before this one; the nodes have depth level + 1
 
 
@@ -140,13 +142,77 @@ def dynamic_tree(
     best = jax.tree.map(lambda x: jnp.take_along_axis(x, kept, axis=1), pool)
     parent = 1 + jax.vmap(jnp.searchsorted)(kept, best.parent).astype(jnp.int32)
     parent = jnp.where(best.parent < 0, 0, parent)
-    possible = jnp.isfinite(best.scores)
+    return _rooted(best, parent), state
+
+
+def beam_tree(
+    step_fn: StepFunction, root_logprobs: Float[Array, "b v"], state: Any, shape: tuple[int, ...]
+) -> tuple[DynamicTree, Any]:
+    """LongSpec's tree: a beam of which every level is kept.
+
+    Level 1 holds the ``shape[0]`` most likely successors of the root, and level i + 1 the
+    ``shape[i]`` best of all pairs of a node of level i and a token, by the log-probability of the
+    path. All nodes of a level but the last are fed to the draft at once.
+
+    Args:
+        step_fn, root_logprobs, state: as of :func:`dynamic_tree`.
+        shape: nodes of each level.
+
+    Returns:
+        The tree, each level from its best node to its worst (the lower index wins ties), and the
+        last state. No child outscores its parent. Nodes of probability 0 are padding.
+
+    Raises:
+        ValueError: a level without nodes, or with more than there are candidates for it.
+    """
+    check_beam(shape, root_logprobs.shape[-1])
+    batch, log_probs, start = root_logprobs.shape[0], root_logprobs[:, None], 0
+    above, seen = jnp.zeros((batch, 1), jnp.float32), jnp.zeros((batch, 1, 0), bool)
+    levels = []
+    for number, count in enumerate(shape):
+        each = min(count, log_probs.shape[-1])
+        tokens, scores = _best_children(log_probs, above, each)
+        above, order = jax.lax.top_k(scores, count)
+        tokens, source = jnp.take_along_axis(tokens, order, axis=1), order // each
+        # The root is node 0, and every level begins behind the one above it.
+        parent = source + start
+        levels.append(_Pool(tokens, above, parent))
+        start += 1 if number == 0 else shape[number - 1]
+        if number + 1 == len(shape):
+            break
+        before = jnp.take_along_axis(seen, source[..., None], axis=1)
+        own = jnp.broadcast_to(jnp.eye(count, dtype=bool)[None], (batch, count, count))
+        seen = jnp.concatenate([before, own], axis=2)
+        frontier = Frontier(tokens, source, seen, jnp.asarray(number, jnp.int32))
+        log_probs, state = step_fn(state, frontier)
+    made = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *levels)
+    return _rooted(made, made.parent), state
+
+
+def check_beam(shape: tuple[int, ...], vocabulary: int) -> None:
+    """Raise ValueError for levels that a beam over ``vocabulary`` tokens cannot fill."""
+    nodes = 1
+    for number, count in enumerate(shape, 1):
+        if not 1 <= count <= nodes * vocabulary:
+            raise ValueError(
+                f"level {number} of a tree {shape} needs between 1 and {nodes * vocabulary} nodes, "
+                f"a token for each of {nodes} above: change the shape."
+            )
+        nodes = count
+    if not shape:
+        raise ValueError("a tree needs at least one level: give nodes per level, such as (4, 16).")
+
+
+def _rooted(kept: _Pool, parent: Int[Array, "b n"]) -> DynamicTree:
+    """Nodes in their order behind a root; what is impossible becomes padding."""
+    batch = parent.shape[0]
+    possible = jnp.isfinite(kept.scores)
     root = jnp.full((batch, 1), -1, jnp.int32)
     return DynamicTree(
-        tokens=jnp.concatenate([root, jnp.where(possible, best.tokens, -1)], axis=1),
+        tokens=jnp.concatenate([root, jnp.where(possible, kept.tokens, -1)], axis=1),
         tree=tree_from_parents(jnp.concatenate([root, jnp.where(possible, parent, -1)], axis=1)),
-        scores=jnp.concatenate([root_score, best.scores], axis=1),
-    ), state
+        scores=jnp.concatenate([jnp.zeros((batch, 1), jnp.float32), kept.scores], axis=1),
+    )
 
 
 @struct.dataclass

@@ -22,6 +22,8 @@ DRAFTERS = {
     "eagle:DIR": "inference.drafters.eagle:load",
     "eagle2:DIR": "inference.drafters.eagle_tree:load",
     "clover:DIR": "research.speculative.clover.drafter:load",
+    "longspec:DIR": "research.speculative.longspec.drafter:load",
+    "longspec-chain:DIR": "research.speculative.longspec.drafter:load_chain",
     "specdec:DIR:HEADS": "research.speculative.specdec_pp.drafter:load",
 }
 """What can be asked for. Words in capitals stand for a directory, a folder of ``assets/`` by its

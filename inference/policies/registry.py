@@ -14,6 +14,7 @@ from flax import struct
 
 from inference.policies.dual_chunk import DualChunkPolicy
 from inference.policies.interpolated import InterpolatedPolicy, check_model
+from inference.policies.split_tree import SplitTreePolicy, split_tree
 from inference.policies.vertical_slash import (
     THRESHOLD,
     VerticalSlashPolicy,
@@ -31,6 +32,7 @@ POLICIES = {
     "ntk:FACTOR": "inference.policies.registry:load_ntk",
     "dynamic:FACTOR": "inference.policies.registry:load_dynamic",
     "yarn:FACTOR": "inference.policies.registry:load_yarn",
+    "split_tree": "inference.policies.registry:load_split_tree",
     "interpolated": "inference.policies.registry:load_interpolated",
     "power:K": "research.context.giraffe.bases:load_power",
     "truncated:N": "research.context.giraffe.bases:load_truncated",
@@ -92,6 +94,11 @@ def make_policy(name: str, cfg: Config) -> Any:
 def load_dense(arguments: list[str], cfg: Config) -> DensePolicy:
     """The model's own attention."""
     return default_policy(cfg)
+
+
+def load_split_tree(arguments: list[str], cfg: Config) -> SplitTreePolicy:
+    """The model's own attention, over drafts in two parts."""
+    return split_tree(default_policy(cfg))
 
 
 def load_window(arguments: list[str], cfg: Config) -> DensePolicy:

@@ -2,6 +2,7 @@
 
 from ops.attention.api import BlockSizes, attention
 from ops.attention.hooks import LogitHook, alibi, temperature, window_decay
+from ops.attention.hybrid import hybrid_tree_attention
 from ops.attention.mask import AttentionMask
 from ops.attention.merge import merge
 
@@ -11,6 +12,7 @@ __all__ = [
     "LogitHook",
     "alibi",
     "attention",
+    "hybrid_tree_attention",
     "merge",
     "temperature",
     "window_decay",

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from inference.cache import DenseLayer
-from ops.attention import AttentionMask, attention
+from ops.attention import AttentionMask, attention, hybrid_tree_attention
 from ops.platform import target
 from tests.aot import CHIPS, compile_for, figures, mesh
 
@@ -74,6 +74,26 @@ def test_compiles(name, dtype, chip):
     if kernel == "attention_decode" and d % 128 == 0:
         cache = 2 * b * s * g * d * dtype.dtype.itemsize
         assert seen["temporary_bytes"] < max(0.1 * cache, 2**24)  # the cache is not copied
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("s, masked", [(32768, length_mask), (581, prefill_mask)])
+def test_a_tree_in_two_parts_compiles(s, masked, chip):
+    """Against a long cache, and against a ring that is read by position."""
+    b, t, h, g, d = 4, 68, 32, 8, 128
+
+    def call(q, cache, mask, k, v, tree):
+        return hybrid_tree_attention(q, *cache.read(None), mask, k, v, tree, implementation="tpu")
+
+    keys, new = S((b, g, s, d), jnp.bfloat16), S((b, t, g, d), jnp.bfloat16)
+    cache, tree = DenseLayer(keys, keys), S((b, t, t), jnp.bool_)
+    compiled = compile_for(
+        chip, call, S((b, t, h, d), jnp.bfloat16), cache, masked(b, t, s), new, new, tree
+    )
+    seen = figures(compiled)
+    print(f"\nhybrid {s} {chip}: " + ", ".join(f"{k} {v:.4g}" for k, v in seen.items()))
+    assert compiled.as_text().count("attention_decode") >= 2
+    assert seen["temporary_bytes"] < max(0.1 * 4 * b * s * g * d, 2**26)  # the cache is not copied
 
 
 @pytest.mark.parametrize("chip", CHIPS)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ops.dynamic_tree import Frontier, budget_level, dynamic_tree
+from ops.dynamic_tree import Frontier, beam_tree, budget_level, dynamic_tree
 
 VOCAB, TOP_K, DEPTH, TOTAL = 7, 3, 3, 10
 
@@ -114,6 +114,75 @@ def test_dynamic_tree_without_expansion() -> None:
 def test_dynamic_tree_errors(sizes: tuple[int, int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dynamic_tree(lambda s, f: (jnp.zeros((1, 3, 7)), s), jnp.zeros((1, 7)), None, *sizes)
+
+
+def _beam_reference(table: np.ndarray, root: int, shape: tuple[int, ...]) -> list[Any]:
+    """(path, score) of every node of a beam, level by level."""
+    level, nodes = [((), 0.0)], []
+    for count in shape:
+        pairs = [
+            (
+                (*path, token),
+                float(np.float32(score + min(table[(root, root, *path)[-2:]][token], 0))),
+            )
+            for path, score in level
+            for token in range(VOCAB)
+        ]
+        level = sorted(pairs, key=lambda node: -node[1])[:count]
+        nodes += level
+    return nodes
+
+
+SHAPE = (2, 5, 4)
+
+
+@jax.jit
+def _beam(table: jax.Array, roots: jax.Array) -> Any:
+    """Beam of each root by the last two tokens; NaN where a frontier contradicts itself."""
+
+    def step(state: Any, frontier: Frontier) -> Any:
+        fed, before, above_lines = state
+        fed = jnp.concatenate([fed, frontier.tokens], axis=1)
+        above = jnp.take_along_axis(before, frontier.source, axis=1)
+        lines = jnp.sum(frontier.ancestors * (fed + 1)[:, None], axis=-1)
+        own = jnp.take_along_axis(above_lines, frontier.source, axis=1) + frontier.tokens + 1
+        law = table[above, frontier.tokens]
+        agree = (lines == own)[..., None]
+        return jnp.where(agree, law, jnp.nan), (fed, frontier.tokens, own)
+
+    nothing = jnp.zeros((roots.shape[0], 0), jnp.int32)
+    state = nothing, roots[:, None], jnp.zeros((roots.shape[0], 1), jnp.int32)
+    return beam_tree(step, table[roots, roots], state, SHAPE)[0]
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), kind=st.sampled_from(["smooth", "sparse"]))
+def test_beam_tree(seed: int, kind: str) -> None:
+    table = _log_prob_table(seed, kind).astype(np.float32)
+    made = _beam(jnp.asarray(table), jnp.arange(2))
+    for row in range(2):
+        parent, tokens = np.asarray(made.tree.parent[row]), np.asarray(made.tokens[row])
+        scores, paths = np.asarray(made.scores[row]), {0: ()}
+        want = _beam_reference(table, row, SHAPE)
+        np.testing.assert_allclose(scores[1:], [score for _, score in want], atol=1e-5)
+        for node in range(1, len(tokens)):
+            if math.isinf(scores[node]):
+                assert tokens[node] == -1 and not made.tree.valid[row, node]
+                continue
+            assert parent[node] < node and scores[node] <= scores[parent[node]]
+            paths[node] = (*paths[int(parent[node])], int(tokens[node]))
+            assert made.tree.depth[row, node] == len(paths[node])
+        if kind == "smooth":  # without ties the nodes are those of the reference
+            assert [paths[n] for n in range(1, len(tokens))] == [path for path, _ in want]
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((), "at least one level"), ((0,), "level 1"), ((8,), "level 1"), ((2, 15), "level 2")],
+)
+def test_beam_tree_errors(shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        beam_tree(lambda s, f: (jnp.zeros((1, 2, 7)), s), jnp.zeros((1, 7)), None, shape)
 
 
 def _budget_reference(
