@@ -113,7 +113,8 @@ def choose_rates(settings: Settings) -> dict[str, dict[str, Any]]:
 
 def policies_of(settings: Settings, rates: dict[str, dict[str, Any]], seed: int) -> dict[str, str]:
     """Every policy by its label, as :mod:`experiments.long_context` takes it."""
-    named = dict(ZERO_SHOT)
+    trained = load(settings.model).cfg.max_length
+    named = {"dense": "dense", "window": f"window:{trained}"} | ZERO_SHOT
     for method in settings.methods:
         place = str(export_folder(settings, method, rates[method]["best"], seed))
         for label, form in METHODS[method].policies.items():
@@ -121,23 +122,39 @@ def policies_of(settings: Settings, rates: dict[str, dict[str, Any]], seed: int)
     return named
 
 
-def evaluate_seed(settings: Settings, seed: int) -> None:
-    """Read texts and answer tasks with one seed's models; leaves the rows in a file."""
-    rates = choose_rates(settings)
+def rows_of(settings: Settings, seed: int) -> list[dict[str, Any]]:
+    """The rows that are known for a seed."""
+    path = _rows_file(settings, seed)
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def missing(settings: Settings, rates: dict[str, dict[str, Any]], seed: int) -> dict[str, str]:
+    """The policies that have no rows yet."""
+    known = {row["policy"] for row in rows_of(settings, seed)}
     named = policies_of(settings, rates, seed)
-    trained = load(settings.model).cfg.max_length
-    names = {"dense": "dense", f"window:{trained}": "window"} | {v: k for k, v in named.items()}
+    return {label: form for label, form in named.items() if label not in known}
+
+
+def evaluate_seed(settings: Settings, seed: int) -> None:
+    """Read texts and answer tasks with one seed's models; adds the rows to the seed's file."""
+    rates = choose_rates(settings)
+    labels = {form: label for label, form in missing(settings, rates, seed).items()}
     asked = long_context.Settings(
-        model=settings.model, policies=tuple(named.values()), lengths=settings.lengths,
+        model=settings.model, policies=tuple(labels), lengths=settings.lengths,
         tasks=settings.tasks, text=settings.text, haystack="text", items="", chat=False,
         seeds=(seed,), windows=settings.windows, depths=settings.depths, count=settings.count,
-        batch=settings.batch, trained=trained, bucket=0, loss_threshold=settings.loss_threshold,
-        accuracy_threshold=settings.accuracy_threshold,
+        batch=settings.batch, trained=load(settings.model).cfg.max_length, bucket=0,
+        loss_threshold=settings.loss_threshold, accuracy_threshold=settings.accuracy_threshold,
     )  # fmt: skip
-    rows = [row for row in long_context.run(asked) if row["kind"] != "summary"]
-    for row in rows:
-        row["policy"] = names[row["policy"]]
-    write_json(_rows_file(settings, seed), rows)
+    found = [
+        row | {"policy": labels[row["policy"]]}
+        for row in long_context.run(asked)
+        if row["kind"] != "summary" and row["policy"] in labels
+    ]
+    order = list(policies_of(settings, rates, seed))
+    rows = [*rows_of(settings, seed), *found]
+    rows = [row for row in rows if row["policy"] in order]
+    write_json(_rows_file(settings, seed), sorted(rows, key=lambda r: order.index(r["policy"])))
 
 
 def _rows_file(settings: Settings, seed: int) -> pathlib.Path:
@@ -175,7 +192,7 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     train_all(settings, [(m, rate, first) for m in settings.methods for rate in settings.rates])
     rates = choose_rates(settings)
     train_all(settings, [(m, rates[m]["best"], s) for m in settings.methods for s in others])
-    todo = [seed for seed in settings.seeds if not _rows_file(settings, seed).exists()]
+    todo = [seed for seed in settings.seeds if missing(settings, rates, seed)]
     again = [a for a in sys.argv[1:] if not a.startswith("--evaluate_seed")]
     own = [sys.executable, "-m", "experiments.context_methods", *again]
     in_parallel(
@@ -183,7 +200,7 @@ def run(settings: Settings) -> list[dict[str, Any]]:
         settings.jobs,
         pathlib.Path(settings.folder) / "logs" / "evaluate",
     )
-    by_seed = [json.loads(_rows_file(settings, seed).read_text()) for seed in settings.seeds]
+    by_seed = [rows_of(settings, seed) for seed in settings.seeds]
     rows = [merged(parts) for parts in zip(*by_seed, strict=True)]
     trained = load(settings.model).cfg.max_length
     for name in dict.fromkeys(row["policy"] for row in rows):

@@ -77,7 +77,8 @@ def trained_length(settings: Settings, model: Model) -> int:
 
 def all_policies(settings: Settings, trained: int) -> tuple[str, ...]:
     """The policies asked for, after dense attention and a sliding window of the trained length."""
-    has_window = any(name.startswith("window:") for name in settings.policies)
+    # A window on another model (POLICY@MODEL) is no baseline for this one.
+    has_window = any(n.startswith("window:") and "@" not in n for n in settings.policies)
     baselines = ("dense",) if has_window else ("dense", f"window:{trained}")
     return tuple(dict.fromkeys((*baselines, *settings.policies)))
 

@@ -2,6 +2,7 @@ import importlib
 import json
 import pathlib
 import sys
+import types
 from typing import Any
 
 import pytest
@@ -20,6 +21,9 @@ def settings(folder: pathlib.Path, **changes: Any) -> Settings:
         "accuracy_threshold": 0.8,
     }  # fmt: skip
     return Settings(**(given | changes))
+
+
+RATES = {"linear": {"losses": {"1e-3": 3.0}, "best": "1e-3"}}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -82,6 +86,8 @@ def test_the_rate_that_reads_best_is_chosen_once(
     class Read:
         """A model that is known by where it was loaded from."""
 
+        cfg = types.SimpleNamespace(max_length=256)
+
         def __init__(self, place: str):
             self.place, self.tokenizer = place, self
 
@@ -110,6 +116,33 @@ def test_the_rate_that_reads_best_is_chosen_once(
     assert named["CLEX"] == "clex:{0}@{0}".format(tmp_path / "clex" / "3e-4" / "1" / "export")
     assert named["linear 4, tuned, read at 8"].startswith("linear:8@")
     assert named["YaRN 4"] == "yarn:4"
+
+
+def test_only_policies_without_rows_are_evaluated(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    given = settings(tmp_path, methods=("linear",))
+    known = [
+        {"kind": "loss", "policy": label}
+        for label in methods.policies_of(given, RATES, 0)
+        if label not in ("window", "YaRN 4")
+    ]
+    (tmp_path / "rows-0.json").write_text(json.dumps(known))
+    (tmp_path / "rates.json").write_text(json.dumps(RATES))
+    asked: list[tuple[str, ...]] = []
+
+    def run(wanted: Any) -> list[dict[str, Any]]:
+        asked.append(wanted.policies)
+        policies = ("dense", *wanted.policies)  # a baseline that is always there
+        rows = [{"kind": kind, "policy": p} for p in policies for kind in ("loss", "summary")]
+        return rows
+
+    monkeypatch.setattr(methods.long_context, "run", run)
+    methods.evaluate_seed(given, 0)
+    assert asked == [("window:256", "yarn:4")]
+    rows = methods.rows_of(given, 0)
+    assert [row["policy"] for row in rows] == list(methods.policies_of(given, RATES, 0))
+    assert not methods.missing(given, RATES, 0) and methods.missing(given, RATES, 1)
 
 
 def test_rows_of_several_seeds_become_one():

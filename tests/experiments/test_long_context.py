@@ -207,10 +207,10 @@ def test_the_whole_command(folder: pathlib.Path, model: Model, tmp_path: pathlib
     asked = settings(folder, policies=("yarn:4", other), attention=True, **changes)
     rows = run(asked)
     names = [row["policy"] for row in rows if row["kind"] == "summary"]
-    assert names == ["dense", "yarn:4", other]
-    assert len([r for r in rows if r["kind"] == "loss"]) == 6
-    assert len([r for r in rows if r["kind"] == "task"]) == 6
-    assert len([r for r in rows if r["kind"] == "attention"]) == 6
+    assert names == ["dense", "window:128", "yarn:4", other]
+    assert len([r for r in rows if r["kind"] == "loss"]) == 8
+    assert len([r for r in rows if r["kind"] == "task"]) == 8
+    assert len([r for r in rows if r["kind"] == "attention"]) == 8
     assert "of the best head's" in show(rows)
     path = record.save("long_context_x", rows, config=asked, seeds=asked.seeds, folder=tmp_path)
     monkeypatch.setattr(record, "RESULTS", tmp_path)
@@ -269,6 +269,8 @@ def test_baselines_are_always_there(folder: pathlib.Path):
     assert long_context.all_policies(asked, 64) == ("dense", "window:64", "yarn:4")
     given = dataclasses.replace(asked, policies=("window:32", "dense"))
     assert long_context.all_policies(given, 64) == ("dense", "window:32")
+    elsewhere = dataclasses.replace(asked, policies=("window:32@OTHER",))
+    assert long_context.all_policies(elsewhere, 64) == ("dense", "window:64", "window:32@OTHER")
 
 
 @pytest.mark.parametrize(
