@@ -17,6 +17,10 @@ The bases of the survey, the first of which is the one above:
 The last is plain RoPE, and the baseline. With `--config.task.basis.scale=1`,
 `--config.task.model.rope.rope_type=yarn` and `--config.task.model.rope.factor=4` it is YaRN.
 `python -m experiments.context_methods` trains and compares all of them.
+
+Minutes: 30 updates of 4,096 tokens, as in the committed comparison, took about 2.5 on 2 cores (AMD
+EPYC), two trainings at a time; all of this config was not run. What to expect of each basis after
+those 30: `research/context/README.md`.
 """
 
 from configs import records_lm
