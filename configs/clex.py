@@ -8,9 +8,9 @@ Only the analytic part, dynamic NTK with random factors: `--config.groups.ode.le
 Only the random positions: `--config.task.plain_frequencies=True`.
 `python -m experiments.context_methods` trains and compares all of them.
 
-Minutes: 30 updates of 4,096 tokens, as in the committed comparison (`python -m
-experiments.context_methods`), took about 2.5 on 2 cores (AMD EPYC), two trainings at a time; all of this
-config was not run. What to expect after those 30: `research/context/README.md`.
+Minutes: 30 updates of 4,096 tokens, as in the committed comparison, took about 2.5 on 2 cores (AMD
+EPYC), two trainings at a time; all of this config was not run. What to expect after those 30:
+`research/context/README.md`.
 """
 
 from configs import records_lm

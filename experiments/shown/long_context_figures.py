@@ -3,6 +3,7 @@
 Baselines are drawn in every panel, in grey; the other policies share panels, a few in each.
 """
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -131,7 +132,7 @@ def heat_maps(result: dict[str, Any]) -> Canvas:
             axis.axvline(beyond - 0.5, color="black", lw=1, ls=":")
             axis.set_xticks(range(len(lengths)), [str(n) for n in lengths], fontsize=6, rotation=60)
             axis.set_yticks([0, len(grid) - 1], ["", ""])
-            axis.set_title(policy, fontsize=6)
+            axis.set_title(textwrap.fill(policy, 20), fontsize=6)
         axes[i, 0].set_yticks([0, len(grid) - 1], ["start", "end"], fontsize=6)
         axes[i, 0].set_ylabel(task, fontsize=7)
     figure.tight_layout()
