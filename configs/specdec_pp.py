@@ -5,6 +5,9 @@ The draft model's labelled states first, over texts that the target writes itsel
     python -m research.speculative.specdec_pp.collect --target=python-5m --draft=python-1m \
         --prompts=python_stdlib --count=2048 --out=runs/acceptance/python-5m
     python -m train --config=configs/specdec_pp.py --workdir=runs/specdec_pp
+
+Minutes on 2 cores (AMD EPYC): writing and labelling 512 texts took 1.5, the 183 updates less than
+one. After those 512 texts the AUC on held-out ones is 0.62; all 2,048 were not run.
 """
 
 from configs import defaults
