@@ -5,7 +5,9 @@ r"""LongSpec's draft layer for the shipped base model, which YaRN carries to fou
     python -m inference.generate --model=python-5m --policy=yarn:4 \
         --drafter=longspec:runs/longspec-export --prompt="..." --stats
 
-Minutes on 2 cores: not measured yet. Expected: not measured yet.
+2.3 minutes on 2 cores (AMD EPYC). Expected: on held-out files the draft's best token is the target's
+at 28.0, 26.8, 25.7 and 24.6% of positions in steps 1 to 4 (25.0 to 19.8% at a learning rate of 2e-3;
+the loss still falls with both).
 
 Its ablations: `--config.task.draft.reach=0` (positions do not move),
 `--config.task.draft.max_shift=1` (nothing but the newest entry is ever hidden),
@@ -18,7 +20,7 @@ from configs.defaults import Config
 
 
 def get_config() -> Config:
-    """1,000 updates of 1,024 positions; the authors' optimiser but for the learning rate.
+    """400 updates of 1,024 positions; the authors' optimiser but for the learning rate.
 
     Theirs of 5e-4 is for updates of two million positions, and their window of 512 for texts of
     thousands.
@@ -41,11 +43,11 @@ def get_config() -> Config:
             },
         }
     )
-    config.steps = 1000
+    config.steps = 400
     config.batch_size = 4
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 6e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.final_fraction = 0.0
-    config.evaluate_every = 500
-    config.checkpoint_every = 250
+    config.evaluate_every = 400
+    config.checkpoint_every = 200
     return config
