@@ -5,9 +5,9 @@ r"""LongSpec's draft layer for the shipped base model, which YaRN carries to fou
     python -m inference.generate --model=python-5m --policy=yarn:4 \
         --drafter=longspec:runs/longspec-export --prompt="..." --stats
 
-2.3 minutes on 2 cores (AMD EPYC). Expected: on held-out files the draft's best token is the target's
-at 28.0, 26.8, 25.7 and 24.6% of positions in steps 1 to 4 (25.0 to 19.8% at a learning rate of 2e-3;
-the loss still falls with both).
+2.3 minutes on 2 cores (AMD EPYC). Expected: on held-out files the draft's best token is the
+target's at 28.0, 26.8, 25.7 and 24.6% of positions in steps 1 to 4 (25.0 to 19.8% at a learning
+rate of 2e-3; the loss still falls with both).
 
 Its ablations: `--config.task.draft.reach=0` (positions do not move),
 `--config.task.draft.max_shift=1` (nothing but the newest entry is ever hidden),
