@@ -262,6 +262,7 @@ class DensePolicy:
         cache: Any,
     ) -> Attended:
         """See :class:`AttentionPolicy`."""
+        scale = q.shape[-1] ** -0.5  # before channels for positions are added
         if shared is not None:
             q = shared.rotate_q(q)
             if not (shared.rotate_cached_keys and cache is not None):
@@ -271,7 +272,7 @@ class DensePolicy:
             k, v = cache.read(step.extent)
             if shared is not None and shared.rotate_cached_keys:
                 k = shared.rotate_k(k)
-        return Attended(out=self.mix(layer, q, k, v, step, cache is not None), cache=cache)
+        return Attended(out=self.mix(layer, q, k, v, step, cache is not None, scale), cache=cache)
 
     def mix(
         self,
@@ -281,10 +282,10 @@ class DensePolicy:
         v: Float[Array, "b s g dv"],
         step: Step,
         cached: bool,
+        scale: float,
     ) -> Float[Array, "b t h dv"]:
         """Rotated queries over rotated keys: the new ones or, if ``cached``, those of all slots."""
         mask = dense_mask(step, layer, cached)
-        scale = q.shape[-1] ** -0.5
         return mesh_attention(
             q, k, v, mask=mask, scale=scale, implementation=self.implementation, blocks=self.blocks
         )

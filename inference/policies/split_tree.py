@@ -29,10 +29,11 @@ class SplitTreePolicy(DensePolicy):
         v: Float[Array, "b s g dv"],
         step: Step,
         cached: bool,
+        scale: float,
     ) -> Float[Array, "b t h dv"]:
         """See :class:`DensePolicy`."""
         if not cached or step.tree is None or mesh_in_force() is not None:
-            return super().mix(layer, q, k, v, step, cached)
+            return super().mix(layer, q, k, v, step, cached, scale)
         mask = dense_mask(step, layer, cached)
         prefix = dataclasses.replace(mask, tree=None, tree_start=None, lengths=step.tree_start)
         if layer is None:
@@ -43,8 +44,8 @@ class SplitTreePolicy(DensePolicy):
             jnp.take_along_axis(leaf, nodes[:, :, None, None], axis=1) for leaf in (k, v)
         )
         return hybrid_tree_attention(
-            q, k, v, prefix, k_tree, v_tree, mask.tree, implementation=self.implementation,
-            blocks=self.blocks,
+            q, k, v, prefix, k_tree, v_tree, mask.tree, scale=scale,
+            implementation=self.implementation, blocks=self.blocks,
         )  # fmt: skip
 
 

@@ -14,9 +14,13 @@ from ops.tree import tree_from_paths
 from tests.inference.models import config, prefilled, weights
 
 
-@pytest.mark.parametrize("windows", [None, (3, None)], ids=["full", "sliding"])
-def test_logits_are_those_of_dense_attention(windows) -> None:
-    cfg = config(windows=windows)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"windows": (3, None)}, {"position": "alibi"}],
+    ids=["full", "sliding", "channels for positions"],
+)
+def test_logits_are_those_of_dense_attention(changes) -> None:
+    cfg = config(**changes)
     texts = [[3], [1, 2, 3, 4], list(range(9))]
     cache = prefilled(weights(cfg), cfg, texts)
     shape = tree_from_paths([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 1, 0)])
