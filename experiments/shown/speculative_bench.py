@@ -14,9 +14,9 @@ PAGE = "research/speculative/README.md"
 SMOLLM2 = "speculative_bench_smollm2_135m"
 NAMES = {
     "none": "plain decoding",
-    "lookup": "prompt lookup, 10 tokens",
-    "tuned": "**prompt lookup, length by cost**",
+    "lookup": "prompt lookup",
     "recycling": "Token Recycling",
+    "clover:smollm2-135m-clover": "Clover-2",
 }
 
 
