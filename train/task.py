@@ -5,6 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -52,6 +53,11 @@ class Context:
             )
 
         return jax.tree.map(place, batch)
+
+    def place(self, params: Any, specs: Any) -> Any:
+        """A copy of params in their shardings, so that the loop may donate what was loaded."""
+        copied = jax.tree.map(jnp.array, params)
+        return jax.device_put(copied, model_params.shardings(specs, self.mesh, self.rules))
 
 
 @runtime_checkable

@@ -20,7 +20,7 @@ from models.draft_head import DraftVocabulary, draft_vocabulary, frequent_tokens
 from models.drafter_io import save_drafter
 from models.layers import norm_specs, normalize
 from models.load import Model, load
-from models.params import Constant, ParamSpec, init, shardings
+from models.params import Constant, ParamSpec, init
 from research.speculative.clover.evaluation import Hits, count_hits, eagle_rollout
 from research.speculative.clover.objective import clover_loss, eagle_loss, medusa_loss
 from train.data.hidden import HiddenTexts, heldout_batches, make_hidden_dataset, weights_hash
@@ -166,9 +166,7 @@ class DrafterTask(BaseTask):
             row_of = jnp.full(all_ids.shape, -1, jnp.int32).at[ids].set(all_ids[: ids.shape[0]])
         embed = self.embeddings() if self.reads_tokens else None
         params = TaskParams(self.init_heads(key), Frozen(target.final_norm, embed, rows, row_of))
-        # A copy, so that the loop may donate what it trains.
-        params = jax.tree.map(jnp.array, params)
-        return jax.device_put(params, shardings(self.specs(), context.mesh, context.rules))
+        return context.place(params, self.specs())
 
     def partition(self, params: TaskParams) -> tuple[Any, Frozen]:
         """The heads are trained, the target's parts are not."""

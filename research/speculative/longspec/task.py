@@ -23,7 +23,7 @@ from models.attention import AttentionPolicy, Step
 from models.drafter_io import save_drafter
 from models.load import Model, load, locate
 from models.longspec import LongSpecConfig
-from models.params import init, shardings
+from models.params import init
 from research.speculative.longspec.drafter import KIND
 from research.speculative.longspec.evaluation import (
     STEPS,
@@ -89,10 +89,7 @@ class LongSpecTask(BaseTask):
     def init(self, key: jax.Array, data: grain.IterDataset | None, context: Context) -> TaskParams:
         """A fresh layer beside the target, in the context's shardings."""
         specs = self.specs()
-        params = TaskParams(init(specs.draft, key), self.model.params)
-        # A copy, so that the loop may donate what it trains.
-        params = jax.tree.map(jnp.array, params)
-        return jax.device_put(params, shardings(specs, context.mesh, context.rules))
+        return context.place(TaskParams(init(specs.draft, key), self.model.params), specs)
 
     def partition(self, params: TaskParams) -> tuple[longspec.Params, decoder.Params]:
         """The layer is trained, the target is not."""

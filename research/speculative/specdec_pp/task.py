@@ -20,7 +20,7 @@ from models.acceptance_head import AcceptanceConfig
 from models.drafter_io import save_drafter
 from models.layers import norm_specs, normalize
 from models.load import Model, load
-from models.params import init, shardings
+from models.params import init
 from research.speculative.specdec_pp.dataset import AcceptanceWindows
 from research.speculative.specdec_pp.evaluation import Scores, score, summarise
 from research.speculative.specdec_pp.objective import acceptance_loss
@@ -83,9 +83,7 @@ class AcceptanceTask(BaseTask):
     def init(self, key: jax.Array, data: grain.IterDataset | None, context: Context) -> TaskParams:
         """A fresh head beside the draft model's norm, in the context's shardings."""
         head = init(self.specs().head, key)
-        # A copy, so that the loop may donate what it trains.
-        params = jax.tree.map(jnp.array, TaskParams(head, self.model.params.final_norm))
-        return jax.device_put(params, shardings(self.specs(), context.mesh, context.rules))
+        return context.place(TaskParams(head, self.model.params.final_norm), self.specs())
 
     def partition(self, params: TaskParams) -> tuple[Any, Any]:
         """The head is trained, the norm is not."""
