@@ -18,7 +18,16 @@ import tokenizers
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from models.layers import ACTIVATIONS, MLP, Attention, Layer, Linear, Norm, linear, normalize
+from models.layers import (
+    MLP,
+    Attention,
+    Layer,
+    Linear,
+    Norm,
+    finish_post_norm,
+    linear,
+    normalize,
+)
 from models.safetensors_io import Safetensors
 
 
@@ -74,10 +83,7 @@ def _layer(
     attn = layer.attn
     q, k, v = (linear(h, p).reshape(b, t, cfg.heads, -1) for p in (attn.q, attn.k, attn.v))
     mixed = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths)
-    mixed = linear(mixed.reshape(b, t, width), attn.o)
-    h = normalize(h + mixed, layer.attn_norm, cfg.norm_eps)
-    inner = ACTIVATIONS["gelu"](linear(h, layer.mlp.up))
-    return normalize(h + linear(inner, layer.mlp.down), layer.mlp_norm, cfg.norm_eps)
+    return finish_post_norm(layer, h, mixed.reshape(b, t, width), cfg.norm_eps)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -175,6 +175,24 @@ def add_mlp(
     return x + drop(linear(inner, layer.mlp.down))
 
 
+def finish_post_norm(
+    layer: Layer,
+    x: Float[Array, "b t width"],
+    mixed: Float[Array, "b t inner"],
+    eps: float,
+    drops: tuple[Callable[[Array], Array], ...] = (lambda x: x,) * 3,
+) -> Float[Array, "b t width"]:
+    """The rest of a layer whose norms stand after its two sums, with GELU.
+
+    ``drops`` act on what attention adds, on the MLP's inner values and on what the MLP adds.
+    """
+    after_attention, inside, after_mlp = drops
+    x = normalize(x + after_attention(linear(mixed, layer.attn.o)), layer.attn_norm, eps)
+    inner = ACTIVATIONS["gelu"](linear(x, layer.mlp.up))
+    out = linear(inside(inner), layer.mlp.down)
+    return normalize(x + after_mlp(out), layer.mlp_norm, eps)
+
+
 def finish(
     layer: Layer,
     cfg: Any,

@@ -7,6 +7,7 @@ query is a binned density, see :mod:`ops.bar_distribution`.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -15,7 +16,16 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from models.layers import ACTIVATIONS, MLP, Attention, Layer, Linear, Norm, linear, normalize
+from models.layers import (
+    ACTIVATIONS,
+    MLP,
+    Attention,
+    Layer,
+    Linear,
+    Norm,
+    finish_post_norm,
+    linear,
+)
 from models.params import Constant, Initializer, ParamSpec, Uniform
 
 NORM_EPS = 1e-5
@@ -179,11 +189,9 @@ def _layer(
 ) -> Float[Array, "b t width"]:
     """One post-norm block. Dropout is where PyTorch's encoder layer has it, in four places."""
     keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
-    mixed = linear(_attend(layer.attn, cfg, h, visible, keys[0]), layer.attn.o)
-    h = normalize(h + _drop(mixed, cfg.dropout, keys[1]), layer.attn_norm, NORM_EPS)
-    inner = ACTIVATIONS["gelu"](linear(h, layer.mlp.up))
-    out = linear(_drop(inner, cfg.dropout, keys[2]), layer.mlp.down)
-    return normalize(h + _drop(out, cfg.dropout, keys[3]), layer.mlp_norm, NORM_EPS)
+    drops = tuple(functools.partial(_drop, rate=cfg.dropout, key=one) for one in keys[1:])
+    mixed = _attend(layer.attn, cfg, h, visible, keys[0])
+    return finish_post_norm(layer, h, mixed, NORM_EPS, drops)
 
 
 def _attend(
