@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from models.decoder import Config
 from ops.sampling import SamplingParams
@@ -273,6 +273,13 @@ class NoDrafter(Stateless):
         tokens = jnp.broadcast_to(root[:, None], (root.shape[0], self.width))
         valid = jnp.broadcast_to(jnp.asarray(np.arange(self.width) == 0)[None], tokens.shape)
         return static_draft(tree, tokens, valid), state, cache
+
+
+def on_path(path: Int[Array, "b d"], count: Int[Array, " b"], nodes: int) -> Bool[Array, "b n"]:
+    """Which of ``nodes`` nodes are among the first ``count`` of a row's path."""
+    kept = jnp.arange(path.shape[1])[None] < count[:, None]
+    at = path[:, :, None] == jnp.arange(nodes)[None, None]
+    return jnp.any(at & kept[:, :, None], axis=1)
 
 
 def committed(values: Array, path: Int[Array, "b d"]) -> Array:

@@ -18,7 +18,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from inference.cache import Cache
-from inference.drafter import Context, Draft, Target, TargetOutputs
+from inference.drafter import Context, Draft, Target, TargetOutputs, on_path
 from inference.widths import check_widths, narrow, needed, run_one, widen
 from models import decoder
 from models.attention import Step
@@ -387,9 +387,7 @@ def _count(
 ) -> Stats:
     live = (~state.done).astype(jnp.int32)
     stats = state.stats
-    right = jnp.arange(path.shape[1])[None] <= accepted[:, None]
-    nodes = jnp.arange(stats.by_node.shape[1])[None, None]
-    on_path = jnp.any((path[:, :, None] == nodes) & right[:, :, None], axis=1)
+    right = on_path(path, accepted + 1, stats.by_node.shape[1])
     depth = jnp.arange(stats.by_depth.shape[1])[None]
     drafting = 0.0 if draft.layer_passes is None else draft.layer_passes
     return Stats(
@@ -398,6 +396,6 @@ def _count(
         accepted=stats.accepted + live * accepted,
         emitted=stats.emitted + n_emit,
         by_depth=stats.by_depth + live[:, None] * (accepted[:, None] > depth),
-        by_node=stats.by_node + live[:, None] * on_path,
+        by_node=stats.by_node + live[:, None] * right,
         layer_passes=stats.layer_passes + live * (layers + drafting),
     )

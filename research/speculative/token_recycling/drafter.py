@@ -14,7 +14,15 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Int
 
-from inference.drafter import Context, Draft, Request, Target, TargetOutputs, static_draft
+from inference.drafter import (
+    Context,
+    Draft,
+    Request,
+    Target,
+    TargetOutputs,
+    on_path,
+    static_draft,
+)
 from ops.tree import TOKEN_RECYCLING_80, StaticTree
 
 UPDATES = ("all", "accepted", "none")
@@ -130,10 +138,7 @@ class TokenRecycling:
             return state
         learnt = draft.valid & (n > 0)[:, None]
         if self.update == "accepted":
-            kept = jnp.arange(path.shape[1])[None] < n[:, None]
-            nodes = jnp.arange(draft.tokens.shape[1])
-            on_path = (path[:, :, None] == nodes[None, None]) & kept[:, :, None]
-            learnt &= jnp.any(on_path, axis=1)
+            learnt &= on_path(path, n, draft.tokens.shape[1])
         candidates = top_ids(outputs.logits, self.k)
         return RecyclingState(update_matrix(state.matrix, draft.tokens, candidates, learnt))
 
