@@ -71,10 +71,8 @@ def best_count(
     """
     if 1 not in seconds:
         raise ValueError("the cost of a pass over one token is missing: measure width 1, too.")
-    widths = sorted(seconds)
     counts = np.arange(len(gains) + 1)
-    cost = np.interp(1 + counts, widths, [seconds[width] for width in widths])
-    cost += drafting * (counts > 0)
+    cost = _at_widths(seconds, 1 + counts) + drafting * (counts > 0)
     gained = 1 + np.concatenate([[0.0], np.cumsum(gains)])
     return least + int(np.argmax((gained / cost)[least:]))
 
@@ -85,13 +83,11 @@ def by_gain(tree: StaticTree, shares: np.ndarray) -> list[int]:
     A node never comes before its parent or before a sibling of lower rank, so that every beginning
     of the list is a tree without gaps in its ranks.
     """
-    number = {(): 0} | {path: i + 1 for i, path in enumerate(tree.paths)}
-    keys = np.asarray(shares, float).copy()
-    for path in tree.paths:
-        above = [number[path[:-1]]]
-        if path[-1] and (sibling := (*path[:-1], path[-1] - 1)) in number:
-            above.append(number[sibling])
-        keys[number[path]] = min(keys[number[path]], *(keys[i] for i in above))
+    keys, parent = np.asarray(shares, float).copy(), tree.parent
+    for node in range(1, tree.size):
+        keys[node] = min(keys[node], keys[parent[node]])
+        if parent[node - 1] == parent[node]:  # siblings stand side by side, the lower rank first
+            keys[node] = min(keys[node], keys[node - 1])
     return sorted(range(1, tree.size), key=lambda node: (-keys[node], node))
 
 
@@ -163,6 +159,10 @@ def drafting_seconds(
     """What a round with the drafter takes beyond a pass of its width."""
     engine = make_engine(model.params, model.cfg, drafter=drafter, drafter_params=params)
     taken = [round_seconds(engine, prompt, tokens) for _ in range(4)][1:]  # the first compiles
-    widths = sorted(seconds)
-    alone = float(np.interp(drafter.width, widths, [seconds[width] for width in widths]))
-    return max(0.0, float(np.median(taken)) - alone)
+    return max(0.0, float(np.median(taken) - _at_widths(seconds, drafter.width)))
+
+
+def _at_widths(seconds: Mapping[int, float], widths: Any) -> Any:
+    """Seconds of a pass at any widths: between those measured interpolated, beyond them flat."""
+    known = sorted(seconds)
+    return np.interp(widths, known, [seconds[width] for width in known])
