@@ -128,17 +128,16 @@ def rows_of(settings: Settings, seed: int) -> list[dict[str, Any]]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def missing(settings: Settings, rates: dict[str, dict[str, Any]], seed: int) -> dict[str, str]:
+def missing(named: dict[str, str], rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     """The policies that have no rows yet."""
-    known = {row["policy"] for row in rows_of(settings, seed)}
-    named = policies_of(settings, rates, seed)
+    known = {row["policy"] for row in rows}
     return {label: form for label, form in named.items() if label not in known}
 
 
 def evaluate_seed(settings: Settings, seed: int) -> None:
     """Read texts and answer tasks with one seed's models; adds the rows to the seed's file."""
-    rates = choose_rates(settings)
-    labels = {form: label for label, form in missing(settings, rates, seed).items()}
+    named, rows = policies_of(settings, choose_rates(settings), seed), rows_of(settings, seed)
+    labels = {form: label for label, form in missing(named, rows).items()}
     asked = long_context.Settings(
         model=settings.model, policies=tuple(labels), lengths=settings.lengths,
         tasks=settings.tasks, text=settings.text, haystack="text", items="", chat=False,
@@ -151,9 +150,8 @@ def evaluate_seed(settings: Settings, seed: int) -> None:
         for row in long_context.run(asked)
         if row["kind"] != "summary" and row["policy"] in labels
     ]
-    order = list(policies_of(settings, rates, seed))
-    rows = [*rows_of(settings, seed), *found]
-    rows = [row for row in rows if row["policy"] in order]
+    order = list(named)
+    rows = [row for row in (*rows, *found) if row["policy"] in named]
     write_json(_rows_file(settings, seed), sorted(rows, key=lambda r: order.index(r["policy"])))
 
 
@@ -192,7 +190,11 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     train_all(settings, [(m, rate, first) for m in settings.methods for rate in settings.rates])
     rates = choose_rates(settings)
     train_all(settings, [(m, rates[m]["best"], s) for m in settings.methods for s in others])
-    todo = [seed for seed in settings.seeds if missing(settings, rates, seed)]
+    todo = [
+        seed
+        for seed in settings.seeds
+        if missing(policies_of(settings, rates, seed), rows_of(settings, seed))
+    ]
     again = [a for a in sys.argv[1:] if not a.startswith("--evaluate_seed")]
     own = [sys.executable, "-m", "experiments.context_methods", *again]
     in_parallel(

@@ -142,7 +142,8 @@ def test_only_policies_without_rows_are_evaluated(
     assert asked == [("window:256", "yarn:4")]
     rows = methods.rows_of(given, 0)
     assert [row["policy"] for row in rows] == list(methods.policies_of(given, RATES, 0))
-    assert not methods.missing(given, RATES, 0) and methods.missing(given, RATES, 1)
+    named = methods.policies_of(given, RATES, 0)
+    assert not methods.missing(named, rows) and methods.missing(named, methods.rows_of(given, 1))
 
 
 def test_rows_of_several_seeds_become_one():
