@@ -160,7 +160,7 @@ def run(settings: Settings) -> list[dict[str, Any]]:
             runs = [measure(method, overhead, settings, seed) for seed in settings.seeds]
             row: dict[str, Any] = {"engine": method, "overhead": overhead}
             row["method"] = f"{method}@{overhead}"
-            rows.append(row | {k: record.sample([r[k] for r in runs]) for k in runs[0]})
+            rows.append(row | record.samples(runs))
     return rows
 
 

@@ -109,7 +109,7 @@ def measure(settings: Settings, method: str, size: int) -> list[dict[str, float]
 def summarise(method: str, size: int, runs: Sequence[dict[str, float]]) -> dict[str, Any]:
     """One row of the table."""
     row: dict[str, Any] = {"method": f"{method}-{size}", "model": method, "size": size}
-    row |= {name: record.sample([run[name] for run in runs]) for name in runs[0]}
+    row |= record.samples(runs)
     row["ratio"] = record.sample([run["mse"] / max(run["train_mse"], 1e-30) for run in runs])
     return row
 

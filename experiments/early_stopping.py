@@ -145,7 +145,7 @@ def run(settings: Settings, model: LCPFN) -> list[dict[str, Any]]:
                     "kept": float(np.mean([f["regret"] <= KEPT for f in found])),
                 }
             )
-        samples = {name: record.sample([s[name] for s in per_seed]) for name in per_seed[0]}
+        samples = record.samples(per_seed)
         rows.append({"method": method, **samples})
         print(
             f"{method:18} epochs {100 * samples['spent']['mean']:5.1f}%  regret "

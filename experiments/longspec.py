@@ -247,7 +247,7 @@ def run(s: Settings) -> list[dict[str, Any]]:
 
 
 def _summarise(method: str, runs: list[dict[str, float]]) -> dict[str, Any]:
-    return {"method": method} | {name: record.sample([r[name] for r in runs]) for name in runs[0]}
+    return {"method": method} | record.samples(runs)
 
 
 def show(rows: Sequence[dict[str, Any]]) -> str:

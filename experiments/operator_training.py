@@ -143,7 +143,7 @@ def errors_of(predicted: np.ndarray, s: np.ndarray) -> Run:
 def summarise(name: str, runs: Sequence[Run], **more: Any) -> dict[str, Any]:
     """One row of a table, printed: what every seed reached."""
     row = {"method": name, **more}
-    row |= {key: record.sample([run[key] for run in runs]) for key in runs[0]}
+    row |= record.samples(runs)
     print(show([row]), flush=True)
     return row
 

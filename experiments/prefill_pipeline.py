@@ -224,7 +224,7 @@ def run(settings: Settings) -> list[dict[str, Any]]:
                     rng = np.random.default_rng([seed, 2])
                     runs.append(measure(plans, cost, stages, settings.deviation, rng))
                 row = {"kind": "method", "method": method, "tokens": tokens, "stages": stages}
-                rows.append(row | {k: record.sample([r[k] for r in runs]) for k in runs[0]})
+                rows.append(row | record.samples(runs))
                 print(f"{method}: {sentence(rows[-1])}", flush=True)
     longest = max(settings.lengths)
     return rows + [curve(longest, stages, cost, settings.multiple) for stages in settings.stages]

@@ -351,10 +351,7 @@ def run(s: Settings) -> list[dict[str, Any]]:
         for method, found in by_task.items():
             means = {name: float(np.mean([r[name] for r in found])) for name in found[0]}
             rows.setdefault(method, []).append(means)
-    return [
-        {"method": method} | {n: record.sample([r[n] for r in found]) for n in found[0]}
-        for method, found in rows.items()
-    ]
+    return [{"method": method} | record.samples(found) for method, found in rows.items()]
 
 
 def show(rows: Sequence[dict[str, Any]]) -> str:

@@ -13,7 +13,7 @@ import shlex
 import statistics
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,11 @@ def sample(values: Sequence[float | int]) -> dict[str, Any]:
         "min": min(values),
         "max": max(values),
     }
+
+
+def samples(runs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """The samples of every number of the first run, over all runs."""
+    return {name: sample([run[name] for run in runs]) for name in runs[0]}
 
 
 def host() -> dict[str, Any]:
