@@ -3,9 +3,9 @@
 Heads of one group are folded into the rows of one matrix product, so keys and values are never
 repeated. Long query runs are cut into chunks whose scores fit in cache; each chunk is
 rematerialised in the backward pass, so memory is O(chunk * s) in both directions. Where the
-causal structure is known without data (t == s, no positions) and there are few chunks, they are
-unrolled and chunk i reads only the keys up to its own end: half of the work. XLA may hold the
-scores of all unrolled chunks at once, which is why there are at most `MAX_UNROLLED` of them.
+causal structure is known without data (t == s, no positions), queries are cut into at most
+`MAX_PIECES` pieces, unrolled, and piece i reads only the keys up to its own end: little more than
+half of the work. Within a piece, chunks follow one another in a scan.
 """
 
 import dataclasses
@@ -19,8 +19,9 @@ from ops.attention.hooks import LogitHook, apply_rules, pack_numbers
 from ops.attention.mask import AttentionMask
 from ops.platform import target_platform
 
-MAX_UNROLLED = 8
-"""Most causal chunks that are unrolled; with more, programs and their memory grow too large."""
+MAX_PIECES = 8
+"""Most causal pieces. XLA may hold the scores of all pieces of one chunk at once, and programs grow
+with their number."""
 
 
 def xla_attention(
@@ -42,7 +43,7 @@ def xla_attention(
     chunk = chunk or (128 if target_platform() == "cpu" else 512)
     if t <= chunk:
         return _attend(q, k, v, mask, scale, hooks)
-    if mask.prefix_causal(t, s) and t <= chunk * MAX_UNROLLED:
+    if mask.prefix_causal(t, s):
         return _attend_prefixes(q, k, v, mask, scale, hooks, chunk)
     mask = mask.with_positions(t, s, always=bool(hooks))
     return _attend_scanned(q, k, v, mask, scale, hooks, chunk)
@@ -79,11 +80,12 @@ def _attend(q, k, v, mask, scale, hooks):
 
 
 def _attend_prefixes(q, k, v, mask, scale, hooks, chunk):
-    """Causal chunks, unrolled: chunk i reads keys 0 .. its own end."""
+    """Causal pieces of whole chunks, unrolled: piece i reads keys 0 .. its own end."""
     t = q.shape[1]
+    piece = chunk * -(-t // (chunk * MAX_PIECES))
     parts = []
-    for start in range(0, t, chunk):
-        end = min(start + chunk, t)
+    for start in range(0, t, piece):
+        end = min(start + piece, t)
         part = mask.with_positions(t, t).query_slice(start, end - start)
         part = dataclasses.replace(
             part,
@@ -93,9 +95,14 @@ def _attend_prefixes(q, k, v, mask, scale, hooks, chunk):
                 if (x := getattr(part, name)) is not None
             },
         )
-        attend = jax.checkpoint(_attend)
-        parts.append(attend(q[:, start:end], k[:, :end], v[:, :end], part, scale, hooks))
+        attend = _attend_scanned if end - start > chunk else _attend_once
+        parts.append(attend(q[:, start:end], k[:, :end], v[:, :end], part, scale, hooks, chunk))
     return jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), *parts)
+
+
+def _attend_once(q, k, v, mask, scale, hooks, chunk):
+    """One chunk, rematerialised in the backward pass."""
+    return jax.checkpoint(_attend)(q, k, v, mask, scale, hooks)
 
 
 def _attend_scanned(q, k, v, mask, scale, hooks, chunk):

@@ -1,4 +1,4 @@
-"""The XLA path: all shared cases, and its three ways to cut up the queries."""
+"""The XLA path: all shared cases, and its ways to cut up the queries."""
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,14 @@ class TestXla(AttentionCases):
     implementation = "xla"
 
 
-@pytest.mark.parametrize("chunk", [25, 32])
-@pytest.mark.parametrize("unrolled", [True, False])
-def test_chunks_give_the_whole(chunk, unrolled, monkeypatch):
-    """Unrolled prefixes and scanned chunks, with and without a remainder, equal one block."""
+@pytest.mark.parametrize("chunk", [10, 25, 32])
+@pytest.mark.parametrize("pieces", [1, 3, 8])
+def test_chunks_give_the_whole(chunk, pieces, monkeypatch):
+    """Pieces of one chunk and of several, with and without a remainder, equal one block."""
     q, k, v = tensors(8, 2, 64, 64, 4, 2, 16)
-    mask = AttentionMask(causal=True, k_valid=jnp.arange(64)[None] != 5)
+    mask = AttentionMask(causal=True, window=40, k_valid=jnp.arange(64)[None] != 5)
     whole = xla.xla_attention(q, k, v, mask, 0.25, chunk=64)
-    monkeypatch.setattr(xla, "MAX_UNROLLED", 8 if unrolled else 0)
+    monkeypatch.setattr(xla, "MAX_PIECES", pieces)
     parts = xla.xla_attention(q, k, v, mask, 0.25, chunk=chunk)
     for a, b in zip(parts, whole, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
@@ -42,7 +42,7 @@ def test_long_queries_keep_memory_small(monkeypatch):
         return memory.temp_size_in_bytes
 
     whole, unrolled = memory(t), memory(128)
-    monkeypatch.setattr(xla, "MAX_UNROLLED", 0)
+    monkeypatch.setattr(xla, "MAX_PIECES", 1)
     scanned = memory(128)
     assert unrolled < whole / 2
     assert scanned < 6 * (4 * h * 128 * t) < whole / 3
