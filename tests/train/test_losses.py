@@ -40,6 +40,28 @@ def test_value_and_gradients_are_those_of_the_plain_loss(rows: int, monkeypatch)
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 9, 36])
+def test_laws_of_another_model_are_targets_without_a_gradient(rows: int, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_ROWS", rows)
+    hidden, head, _, mask = inputs()
+    teacher = jax.random.normal(jax.random.key(5), (3, 12, 6))
+    rows_ = jax.random.normal(jax.random.key(6), (20, 6))
+
+    def want(hidden, head, teacher, rows_):
+        law = jax.nn.softmax(teacher @ rows_.T)
+        return -jnp.sum(jnp.sum(law * jax.nn.log_softmax(hidden @ head.T), -1) * mask)
+
+    def got(*args):
+        return losses.law_cross_entropy(*args, mask)
+
+    args = hidden, head, teacher, rows_
+    np.testing.assert_allclose(got(*args), want(*args), rtol=1e-5)
+    grads = jax.grad(got, argnums=(0, 1, 2, 3))(*args)
+    for a, b in zip(grads[:2], jax.grad(want, argnums=(0, 1))(*args), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    assert not np.any(grads[2]) and not np.any(grads[3])
+
+
 def test_bfloat16_inputs_give_a_float32_sum():
     hidden, head, targets, mask = inputs(jnp.bfloat16)
     value, grads = jax.value_and_grad(losses.token_cross_entropy, argnums=(0, 1))(
