@@ -39,16 +39,24 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Statements:
-    """What a result's protocol says must hold, each with its answer."""
+    """What a result's protocol says must hold, each with its answer; ``chosen`` texts, or all."""
 
     name: str
     document: str
     result: str
+    chosen: tuple[str, ...] = ()
 
     def render(self) -> str:
-        """The statements as a Markdown list."""
+        """The statements as a Markdown list.
+
+        Raises:
+            ValueError: the result answers not all of the chosen ones.
+        """
         lines = []
-        for answer in record.load(self.result)["statements"]:
+        answers = {a["statement"]: a for a in record.load(self.result)["statements"]}
+        if unknown := sorted(set(self.chosen) - answers.keys()):
+            raise ValueError(f"{self.result} does not answer {unknown[0]!r}: measure it again.")
+        for answer in (answers[text] for text in self.chosen or answers):
             words = {True: "holds", False: "**does not hold**", None: "not measured"}
             seeds = answer["seeds"]
             count = f" in the mean, {sum(seeds)} of {len(seeds)} seeds" if len(seeds) > 1 else ""

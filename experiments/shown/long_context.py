@@ -1,12 +1,14 @@
 """What the documents show of long-context evaluation: tables, short beside long."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-from experiments import record
+from experiments import context_statements, record
 from experiments.figures import Figure
 from experiments.report import Rendered, Statements, caption, markdown, number
 from experiments.shown.long_context_figures import curves, distances, heat_maps, of_kind
+from experiments.statements import Statement
 
 PAGE = "research/context/README.md"
 LOSS_HEADER = (
@@ -122,6 +124,36 @@ class Attention:
         return f"{markdown(ATTENTION_HEADER, rows)}\n\n{caption(result)}"
 
 
+@dataclasses.dataclass(frozen=True)
+class ByLength:
+    """Some policies by the length of texts: loss of the last tokens, or accuracy of a task.
+
+    Behind a loss stands what it is above the same tokens read in range.
+    """
+
+    name: str
+    result: str
+    document: str
+    policies: tuple[str, ...]
+    task: str = ""
+
+    def render(self) -> str:
+        """Its Markdown."""
+        result = record.load(self.result)
+        kind = "task" if self.task else "loss"
+        rows = [row for row in of_kind(result, kind) if row.get("task", "") == self.task]
+        lengths = sorted({row["length"] for row in rows})
+        found = {(row["policy"], row["length"]): self._cell(row) for row in rows}
+        cells = [(name, *(found[name, n] for n in lengths)) for name in self.policies]
+        header = ("policy", *(f"{n:,}" for n in lengths))
+        return f"{markdown(header, cells)}\n\n{caption(result)}"
+
+    def _cell(self, row: dict[str, Any]) -> str:
+        if self.task:
+            return percent(row["accuracy"])
+        return f"{number(row['nats'][-1], 2)} ({signed(row['excess'][-1], 2)})"
+
+
 def lengths_of(result: dict[str, Any]) -> str:
     """What short, long and effective mean in this result."""
     row, config = of_kind(result, "summary")[0], result["config"]
@@ -155,5 +187,39 @@ def figures(result: str, tasks: bool = True) -> tuple[Figure, ...]:
 
 
 METHODS = "context_methods"
-TABLES = (*tables("methods", METHODS), Statements("context-statements", PAGE, METHODS))
+BASELINES = ("dense", "window")
+GIRAFFE = (
+    *BASELINES, "linear 4", "power 0.1", "power 0.5", "truncated", "rope, tuned", "window, tuned",
+    "YaRN 4, tuned", "linear 4, tuned", "linear 4, tuned, read at 8", "power 0.1, tuned",
+    "power 0.5, tuned", "truncated, tuned", "randomised, tuned", "xPos, tuned",
+)  # fmt: skip
+CLEX = (
+    *BASELINES, "dynamic NTK", "rope, tuned at 256", "linear 4, tuned at 256",
+    "random positions at 256", "CLEX, analytic field only", "CLEX",
+)  # fmt: skip
+QWEN = (
+    *BASELINES, "linear 4", "NTK 4", "dynamic NTK", "YaRN 4", "dual chunk",
+    "dual chunk, temperature", "dual chunk, tuned on text", "dual chunk, tuned on text and tasks",
+)  # fmt: skip
+
+
+def pages(
+    method: str, policies: tuple[str, ...], asked: Sequence[Statement], tasks: Sequence[str]
+) -> tuple[Rendered, ...]:
+    """What a method's own page shows of the comparison."""
+    page, texts = f"research/context/{method}/README.md", tuple(s.text for s in asked)
+    return (
+        Statements(f"{method}-statements", page, METHODS, texts),
+        ByLength(f"{method}-loss", METHODS, page, policies),
+        *(ByLength(f"{method}-{task}", METHODS, page, policies, task) for task in tasks),
+    )
+
+
+TABLES = (
+    *tables("methods", METHODS),
+    Statements("context-statements", PAGE, METHODS),
+    *pages("giraffe", GIRAFFE, context_statements.GIRAFFE, ("lines-short",)),
+    *pages("clex", CLEX, context_statements.CLEX, ()),
+    *pages("qwen25_1m", QWEN, context_statements.QWEN, ("lines-short", "passkey-short")),
+)
 FIGURES = figures(METHODS)

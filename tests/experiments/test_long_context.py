@@ -293,3 +293,27 @@ def test_what_is_asked_wrongly_is_refused_first(
 def test_models_with_other_tokenizers_do_not_compare(model: Model):
     with pytest.raises(ValueError, match="another tokenizer than --model"):
         load_policies(("dense@python-1m",), model)
+
+
+def test_a_page_shows_chosen_policies_by_length(monkeypatch):
+    def loss(policy, length, nats):
+        both = {"nats": [record.sample([9.0]), record.sample([nats])]}
+        return (
+            {"kind": "loss", "policy": policy, "length": length} | both | {"excess": both["nats"]}
+        )
+
+    def task(policy, accuracy, name="lines"):
+        share = record.sample([accuracy])
+        return {"kind": "task", "policy": policy, "length": 64, "task": name, "accuracy": share}
+
+    rows = [loss("a", 64, 1.5), loss("b", 64, 2.0), loss("a", 32, 0.5), loss("b", 32, 3.0)]
+    rows += [task("a", 0.25), task("a", 0.75, "keys")]
+    monkeypatch.setattr(record, "load", lambda name: {"rows": rows, "name": name})
+    monkeypatch.setattr(shown, "caption", lambda result: "caption")
+    losses = shown.ByLength("x", "r", "d", ("b", "a")).render().splitlines()
+    assert losses[0] == "| policy | 32 | 64 |"
+    assert losses[2:4] == [
+        "| b | 3.00 (+3.00) | 2.00 (+2.00) |",
+        "| a | 0.50 (+0.50) | 1.50 (+1.50) |",
+    ]
+    assert shown.ByLength("x", "r", "d", ("a",), "lines").render().splitlines()[2] == "| a | 25% |"

@@ -87,6 +87,10 @@ def test_statements_are_listed_with_their_answers(scratch):
         "- **does not hold**: it is fast",
         "- not measured: it is cheap",
     ]
+    chosen = report.Statements("s", "page.md", "said", ("it is cheap",))
+    assert chosen.render() == "- not measured: it is cheap"
+    with pytest.raises(ValueError, match="does not answer 'it is new'"):
+        report.Statements("s", "page.md", "said", ("it is new",)).render()
 
 
 def test_every_method_has_a_row():

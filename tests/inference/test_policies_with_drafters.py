@@ -50,7 +50,7 @@ WRITTEN = {
 }
 """Policies with their numbers; the others have none, or get a file."""
 OF_OTHER_MODELS = ("interpolated", "seqpe:DIR", "vertical_slash:CHUNK:LOCAL:FILE")
-"""The first two are not for rotary models; the last differs from its like in where numbers stand."""
+"""Two are not for rotary models; the last differs from its like in where its numbers stand."""
 
 
 @functools.cache
@@ -78,7 +78,8 @@ def drafter_name(form: str, folder: pathlib.Path) -> str:
         return form.replace("DIR", str(out))
     if form == "specdec:DIR:HEADS":
         head, draft = acceptance_head.AcceptanceConfig(), load("python-1m").cfg
-        save_drafter(out, "specdec", head, random_weights(acceptance_head.specs(head, draft)), draft)
+        made = random_weights(acceptance_head.specs(head, draft))
+        save_drafter(out, "specdec", head, made, draft)
         return f"specdec:python-1m:{out}"
     return SHIPPED.get(form, form)
 
