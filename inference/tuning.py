@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from inference.drafter import Drafter, NoDrafter
+from inference.drafters.draft_model import DraftModel
 from inference.drafters.lookup import LookupDrafter
 from inference.engine import Engine, make_engine
 from inference.loop import Stats
@@ -21,7 +22,8 @@ from ops.sampling import SamplingParams
 from ops.tree import StaticTree, tree_from_paths
 
 WIDTHS = (1, 2, 4, 8, 16, 32)
-LONGEST_LOOKUP = 15
+LONGEST_LOOKUP, LONGEST_CHAIN = 15, 8
+"""Tokens of a draft that lengths are chosen up to: of prompt lookup, and of a draft model."""
 
 
 def round_seconds(engine: Engine, prompt: Sequence[int], tokens: int) -> float:
@@ -55,7 +57,11 @@ def pass_seconds(
 
 
 def best_count(
-    seconds: Mapping[int, float], gains: Sequence[float], drafting: float = 0.0, least: int = 0
+    seconds: Mapping[int, float],
+    gains: Sequence[float],
+    drafting: float = 0.0,
+    least: int = 0,
+    each: float = 0.0,
 ) -> int:
     """The number of drafted tokens at which rounds give most tokens per second, 0 for none.
 
@@ -65,6 +71,7 @@ def best_count(
             of rounds in which it is right.
         drafting: seconds that making a draft takes, whatever its size.
         least: what is drafted in any case.
+        each: seconds that every drafted token takes besides.
 
     Raises:
         ValueError: the cost of a plain pass is missing.
@@ -72,7 +79,7 @@ def best_count(
     if 1 not in seconds:
         raise ValueError("the cost of a pass over one token is missing: measure width 1, too.")
     counts = np.arange(len(gains) + 1)
-    cost = _at_widths(seconds, 1 + counts) + drafting * (counts > 0)
+    cost = _at_widths(seconds, 1 + counts) + drafting * (counts > 0) + each * counts
     gained = 1 + np.concatenate([[0.0], np.cumsum(gains)])
     return least + int(np.argmax((gained / cost)[least:]))
 
@@ -101,25 +108,27 @@ def tuned(
 ) -> Drafter:
     """The drafter with the draft that suits the machine's costs and the prompts.
 
-    Prompt lookup gets a length, a drafter over a static tree the part of it that pays: what is
-    right how often is counted while the prompts are decoded with the whole draft, and what making
-    a draft takes is measured. A draft has at least one token.
+    Prompt lookup and a draft model get a length, a drafter over a static tree the part of it that
+    pays: what is right how often is counted while the prompts are decoded with the whole draft, and
+    what making a draft takes is measured. A draft has at least one token.
 
     Args:
         prompts: like those that will be asked, but others.
         seconds: see :func:`pass_seconds`.
 
     Raises:
-        ValueError: a drafter that is neither.
+        ValueError: a drafter that is none of these.
     """
     if isinstance(drafter, LookupDrafter):
         whole: Any = dataclasses.replace(drafter, length=LONGEST_LOOKUP)
+    elif isinstance(drafter, DraftModel):
+        whole = dataclasses.replace(drafter, length=LONGEST_CHAIN)
     elif isinstance(getattr(drafter, "tree", None), StaticTree):
         whole = drafter
     else:
         raise ValueError(
-            f"{type(drafter).__name__} has no static tree to choose a part of: tune prompt lookup "
-            "or a drafter with a tree."
+            f"{type(drafter).__name__} has no static tree to choose a part of: tune prompt lookup, "
+            "a draft model or a drafter with a tree."
         )
 
     stats = counted(model, whole, params, prompts, new_tokens)
@@ -130,6 +139,10 @@ def tuned(
         count = best_count(seconds, (counts[1:] / rounds).tolist(), least=1)
         return dataclasses.replace(whole, length=count)
     shares = counts / max(1, int(np.sum(stats.rounds)))
+    if isinstance(whole, DraftModel):
+        taken = drafting_seconds(model, whole, params, prompts[0], seconds, new_tokens)
+        gains, each = shares[1:].tolist(), taken / LONGEST_CHAIN
+        return dataclasses.replace(whole, length=best_count(seconds, gains, least=1, each=each))
     order = by_gain(whole.tree, shares)
 
     def part(drafting: float) -> Any:

@@ -3,6 +3,7 @@ import pytest
 
 from inference import tuning
 from inference.drafter import NoDrafter
+from inference.drafters.draft_model import DraftModel
 from inference.drafters.lookup import LookupDrafter
 from inference.loop import Stats
 from inference.tuning import best_count, by_gain, pass_seconds, tuned
@@ -45,6 +46,9 @@ def test_making_a_draft_costs_too():
     assert best_count(FLAT, gains) == 2
     assert best_count(FLAT, gains, drafting=0.4) == 2
     assert best_count(FLAT, gains, drafting=0.6) == 0
+    assert best_count(FLAT, gains, each=0.1) == 2
+    assert best_count(FLAT, gains, each=0.25) == 1
+    assert best_count(FLAT, gains, each=0.4) == 0
 
 
 def test_nodes_come_after_their_parents_and_lower_siblings():
@@ -83,6 +87,24 @@ def test_lookup_gets_the_length_that_its_hits_pay_for(monkeypatch: pytest.Monkey
     assert length(STEEP) == 1
     # A second token in 0.4 of the rounds pays for 0.2 of a pass, a third in 0.3 for no 0.4.
     assert length({1: 1.0, 2: 1.2, 3: 1.4, 4: 1.8, 7: 3.0}) == 2
+
+
+def test_a_draft_model_gets_the_length_that_its_passes_pay_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tuning, "LONGEST_CHAIN", 4)
+    rounds, by_node = np.array([10], np.int32), np.array([[10, 7, 5, 3, 2]], np.int32)
+    stats = Stats(rounds, rounds, rounds, rounds, by_node[:, 1:], by_node, rounds)
+    model = Model(weights(config()), config(), letters(VOCAB), "tiny")
+
+    def length(drafting: float) -> int:
+        count_and_time(monkeypatch, stats, drafting)
+        chosen = tuned(model, DraftModel(config(), 2), None, [[1]], FLAT)
+        assert isinstance(chosen, DraftModel)
+        return chosen.length
+
+    assert length(0.0) == 4
+    # With a fifth of a pass for each token: 1.7 / 1.2, 2.2 / 1.4, 2.5 / 1.6, 2.7 / 1.8.
+    assert length(0.8) == 2
+    assert length(4.0) == 1
 
 
 def test_a_tree_keeps_the_nodes_that_pay(monkeypatch: pytest.MonkeyPatch):
