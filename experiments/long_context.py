@@ -203,7 +203,9 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     model = load(settings.model)
     trained = trained_length(settings, model)
     short_length(settings.lengths, trained)
-    check_batches(settings.windows, min(settings.windows, settings.batch))
+    if not settings.windows and not settings.tasks:
+        raise ValueError("neither windows of text nor tasks are asked for: give one of them.")
+    check_batches(settings.windows, min(settings.windows, settings.batch) or 1)
     names = all_policies(settings, trained)
     policies = load_policies(names, model)
     text = read_text(settings.text)
@@ -218,7 +220,9 @@ def run(settings: Settings) -> list[dict[str, Any]]:
             for task in settings.tasks
             for length in settings.lengths
         ]
-    rows = measure_loss(settings, model, policies, model.tokenizer.encode(text), trained)
+    rows: list[dict[str, Any]] = []
+    if settings.windows:
+        rows = measure_loss(settings, model, policies, model.tokenizer.encode(text), trained)
     rows += measure_tasks(settings, policies, encoder, sets, trained)
     if settings.attention:
         rows += measure_attention(settings, policies, encoder, sets)
@@ -257,7 +261,7 @@ def define_flags() -> None:
     flags.DEFINE_string("items", "", "JSON lines of document, question, answer; made up if none.")
     flags.DEFINE_bool("chat", False, "Prompts are a user's turn in the chat template.")
     flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of windows and examples.")
-    flags.DEFINE_integer("windows", 8, "Windows of text per seed.", lower_bound=1)
+    flags.DEFINE_integer("windows", 8, "Windows of text per seed, 0: no loss.", lower_bound=0)
     flags.DEFINE_integer("depths", 5, "Depths from 0 to 1.", lower_bound=1)
     flags.DEFINE_integer("count", 8, "Examples per depth, length and seed.", lower_bound=1)
     flags.DEFINE_integer("batch", 8, "Rows of a pass.", lower_bound=1)

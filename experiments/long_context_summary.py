@@ -33,37 +33,44 @@ def summarise(
     nats above the same tokens read within the trained length. By a task, while accuracy is at least
     ``accuracy_threshold`` times that of the dense policy at the longest length within the trained
     one; None where that is not above chance, so that the model cannot do the task at all. Both must
-    hold at all shorter lengths, too. Answered by the means and, in ``seeds``, by each seed.
+    hold at all shorter lengths, too. Answered by the means and, in ``seeds``, by each seed. Without
+    rows of loss there are no numbers of it.
 
     Raises:
         ValueError: no length within the trained one was measured.
     """
-    mine = {row["length"]: row for row in rows if row["kind"] == "loss" and row["policy"] == policy}
-    dense = {
-        row["length"]: row for row in rows if row["kind"] == "loss" and row["policy"] == "dense"
-    }
-    lengths = sorted(mine)
+    measured = [row for row in rows if row["kind"] in ("loss", "task")]
+    lengths = sorted({row["length"] for row in measured if row["policy"] == policy})
     short, long = short_length(lengths, trained), lengths[-1]
-    summary: Row = {
-        "kind": "summary",
-        "policy": policy,
-        "short": short,
-        "long": long,
+    summary: Row = {"kind": "summary", "policy": policy, "short": short, "long": long}
+    if any(row["kind"] == "loss" for row in measured):
+        summary |= _loss_summary(rows, policy, short, long, loss_threshold)
+    names = dict.fromkeys(row["task"] for row in rows if row["kind"] == "task")
+    summary["tasks"] = {
+        name: _task_summary(rows, policy, name, short, accuracy_threshold) for name in names
+    }
+    return summary
+
+
+def _loss_summary(rows: Sequence[Row], policy: str, short: int, long: int, threshold: float) -> Row:
+    """Loss of a policy in range, at the longest length, and how far it holds."""
+    losses = [row for row in rows if row["kind"] == "loss"]
+    mine, dense = (
+        {row["length"]: row for row in losses if row["policy"] == name}
+        for name in (policy, "dense")
+    )
+    lengths = sorted(mine)
+    return {
         "short_loss": mine[short]["mean"],
         "short_change": _difference(mine[short]["mean"], dense[short]["mean"]),
         "long_loss": mine[long]["nats"][-1],
         "long_change": _difference(mine[long]["nats"][-1], dense[long]["nats"][-1]),
         "long_excess": mine[long]["excess"][-1],
         "effective": _effective(
-            [mine[n]["excess"][-1] for n in lengths], lengths, lambda x: x <= loss_threshold
+            [mine[n]["excess"][-1] for n in lengths], lengths, lambda x: x <= threshold
         ),
         "recall": mine[long]["recall"],
     }
-    names = dict.fromkeys(row["task"] for row in rows if row["kind"] == "task")
-    summary["tasks"] = {
-        name: _task_summary(rows, policy, name, short, accuracy_threshold) for name in names
-    }
-    return summary
 
 
 def _task_summary(
@@ -123,17 +130,18 @@ def _effective(samples: Sequence[Row], lengths: Sequence[int], good: Any) -> Row
 
 def show(rows: Sequence[Row]) -> str:
     """The summaries and accuracies as plain text."""
+    losses = [row for row in rows if row["kind"] == "summary" and "short_loss" in row]
     lines = [
         f"{'policy':16} {'short loss':>10} {'change':>8} {'long loss':>10} {'vs dense':>9} "
         f"{'excess':>7} {'effective':>9}"
     ]
-    for r in (row for row in rows if row["kind"] == "summary"):
+    for r in losses:
         lines.append(
             f"{r['policy']:16} {r['short_loss']['mean']:10.3f} {r['short_change']['mean']:+8.3f} "
             f"{r['long_loss']['mean']:10.3f} {r['long_change']['mean']:+9.3f} "
             f"{r['long_excess']['mean']:+7.3f} {r['effective']['mean']:9d}"
         )
-    lines.append("")
+    lines = [*lines, ""] if losses else []
     for r in (row for row in rows if row["kind"] == "task"):
         mean, spread = (100 * r["accuracy"][name] for name in ("mean", "spread"))
         depths = " ".join(f"{100 * d['mean']:4.0f}" for d in r["by_depth"])

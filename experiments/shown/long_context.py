@@ -84,7 +84,7 @@ class Losses:
     def render(self) -> str:
         """Its Markdown."""
         result = record.load(self.result)
-        rows = [loss_row(row) for row in of_kind(result, "summary")]
+        rows = [loss_row(row) for row in of_kind(result, "summary") if "short_loss" in row]
         return f"{markdown(LOSS_HEADER, rows)}\n\n{lengths_of(result)} {caption(result)}"
 
 
@@ -164,26 +164,27 @@ def lengths_of(result: dict[str, Any]) -> str:
     )
 
 
-def tables(
-    name: str, result: str, tasks: bool = True, attention: bool = False
-) -> tuple[Rendered, ...]:
-    """The tables of one result, by the name of its markers."""
-    found: list[Rendered] = [Losses(f"{name}-loss", result)]
-    if tasks:
-        found.append(Accuracies(f"{name}-tasks", result))
-    if attention:
-        found.append(Attention(f"{name}-attention", result))
-    return tuple(found)
+def tables(name: str, result: str, kinds: Sequence[str] = ("loss", "task")) -> tuple[Rendered, ...]:
+    """The tables of one result, by the name of its markers: of loss, tasks and attention."""
+    made: dict[str, Rendered] = {
+        "loss": Losses(f"{name}-loss", result),
+        "task": Accuracies(f"{name}-tasks", result),
+        "attention": Attention(f"{name}-attention", result),
+    }
+    return tuple(made[kind] for kind in kinds)
 
 
-def figures(result: str, tasks: bool = True) -> tuple[Figure, ...]:
-    """The figures of one result."""
+def figures(result: str, kinds: Sequence[str] = ("loss", "task")) -> tuple[Figure, ...]:
+    """The figures of one result: of loss and of tasks."""
     path = f"experiments/results/{result}"
-    drawn = (Figure(f"{path}.svg", result, curves),)
-    if not tasks:
-        return drawn
-    by_depth = Figure(f"{path}_depth.svg", result, heat_maps)
-    return (*drawn, by_depth, Figure(f"{path}_distance.svg", result, distances))
+    made = {
+        "loss": (Figure(f"{path}.svg", result, curves),),
+        "task": (
+            Figure(f"{path}_depth.svg", result, heat_maps),
+            Figure(f"{path}_distance.svg", result, distances),
+        ),
+    }
+    return tuple(figure for kind in kinds for figure in made[kind])
 
 
 METHODS = "context_methods"

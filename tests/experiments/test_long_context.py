@@ -215,7 +215,7 @@ def test_the_whole_command(folder: pathlib.Path, model: Model, tmp_path: pathlib
     path = record.save("long_context_x", rows, config=asked, seeds=asked.seeds, folder=tmp_path)
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     result = json.loads(path.read_text())
-    names = shown.tables("x", "long_context_x", attention=True)
+    names = shown.tables("x", "long_context_x", ("loss", "task", "attention"))
     losses, accuracies, attention = (t.render() for t in names)
     assert "| yarn:4 | passkey-short | 192 |" in attention
     assert (
@@ -227,6 +227,11 @@ def test_the_whole_command(folder: pathlib.Path, model: Model, tmp_path: pathlib
     assert "trained length" in text and "yarn:4" in text
     assert "start" in (tmp_path / "long_context_x_depth.svg").read_text()
     assert "evidence to the end" in (tmp_path / "long_context_x_distance.svg").read_text()
+    without = [row for row in rows if row["kind"] == "task"]
+    alone = summarise(without, "yarn:4", 128, 0.05, 0.8)
+    whole = next(r for r in rows if r["kind"] == "summary" and r["policy"] == "yarn:4")
+    assert alone["tasks"] == whole["tasks"] and "short_loss" not in alone
+    assert show([*without, alone]).splitlines()[0].startswith("dense")
 
 
 def test_every_panel_shows_the_baselines_and_few_others():
@@ -280,6 +285,7 @@ def test_baselines_are_always_there(folder: pathlib.Path):
         ({"lengths": (128,)}, "no length of 128 is within the trained 64"),
         ({"tasks": ("lime",)}, "unknown task 'lime'"),
         ({"windows": 3}, "3 windows in batches of 2: make it a multiple"),
+        ({"windows": 0, "tasks": ()}, "neither windows of text nor tasks"),
     ],
 )
 def test_what_is_asked_wrongly_is_refused_first(
@@ -288,6 +294,15 @@ def test_what_is_asked_wrongly_is_refused_first(
     monkeypatch.setattr(long_context, "window_nats", lambda *args: pytest.fail("measured"))
     with pytest.raises(ValueError, match=message):
         run(settings(folder, **changes))
+
+
+def test_without_windows_no_loss_is_measured(folder: pathlib.Path, monkeypatch):
+    for name in ("window_nats", "in_range_nats"):
+        monkeypatch.setattr(long_context, name, lambda *args: pytest.fail("measured"))
+    answered = lambda *args: lambda examples, task: [read(e) for e in examples]
+    monkeypatch.setattr(long_context, "engine_answers", answered)
+    asked = settings(folder, windows=0, lengths=(128,), trained=128, policies=())
+    assert {row["kind"] for row in run(asked)} == {"task", "summary"}
 
 
 def test_models_with_other_tokenizers_do_not_compare(model: Model):
