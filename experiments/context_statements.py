@@ -68,6 +68,7 @@ _TUNED = (
     "rope, tuned", "linear 4, tuned", "power 0.1, tuned", "power 0.5, tuned", "truncated, tuned",
     "randomised, tuned", "xPos, tuned", "YaRN 4, tuned",
 )  # fmt: skip
+_SCALED = ("linear 4, tuned", "NTK 4, tuned", "YaRN 4, tuned")
 _LINES, _KEY = "lines-short", "passkey-short"
 
 ROPE_SCALING = (
@@ -90,6 +91,20 @@ ROPE_SCALING = (
         "YaRN is at most linear scaling at 4 times the length, both tuned",
         ("YaRN 4, tuned", "linear 4, tuned"),
         less("YaRN 4, tuned", "linear 4, tuned", f"loss@{FAR}"),
+    ),
+    Statement(
+        "there the three are within 0.05 nat of each other, all tuned",
+        _SCALED,
+        lambda rows, seed: (
+            max(losses := [value(rows[name], f"loss@{FAR}", seed) for name in _SCALED])
+            - min(losses)
+            <= 0.05
+        ),
+    ),
+    Statement(
+        "and each is more than a nat below plain rotations untrained",
+        (*_SCALED, "dense"),
+        every(*(less(name, "dense", f"loss@{FAR}", 1.0) for name in _SCALED)),
     ),
 )
 GIRAFFE = (

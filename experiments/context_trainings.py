@@ -43,6 +43,12 @@ def _at_256(policies: Mapping[str, str], **changes: Any) -> Method:
     return Method("giraffe", short | changes, policies)
 
 
+def _rope(kind: str, label: str) -> Method:
+    """A registered rotary scheme with a factor of 4, which the export carries."""
+    scheme = {"task.model.rope.rope_type": kind, "task.model.rope.factor": 4.0}
+    return Method("giraffe", {"task.basis.scale": 1.0, **scheme}, {label: "dense@DIR"})
+
+
 _ODE = ("groups.ode.learning_rate",)
 
 METHODS: dict[str, Method] = {
@@ -57,15 +63,8 @@ METHODS: dict[str, Method] = {
     "truncated": _giraffe({"truncated, tuned": "giraffe:DIR@DIR"}, truncate=256),
     "randomised": _giraffe({"randomised, tuned": "giraffe:DIR@DIR"}, randomize=True),
     "xpos": _giraffe({"xPos, tuned": "giraffe:DIR@DIR"}, xpos=True),
-    "yarn": Method(
-        "giraffe",
-        {
-            "task.basis.scale": 1.0,
-            "task.model.rope.rope_type": "yarn",
-            "task.model.rope.factor": 4.0,
-        },
-        {"YaRN 4, tuned": "dense@DIR"},
-    ),
+    "yarn": _rope("yarn", "YaRN 4, tuned"),
+    "ntk": _rope("ntk", "NTK 4, tuned"),
     # Rows of the trained length: CLEX's comparison.
     "clex": Method("clex", {}, {"CLEX": "clex:DIR@DIR"}, _ODE),
     "clex-ntk": Method(

@@ -322,7 +322,7 @@ def to_hf(cfg: Config, dtype: str = "float32") -> dict[str, Any]:
         "hidden_act": _EXPORTED_ACTIVATIONS[cfg.activation],
         "rms_norm_eps": cfg.norm_eps,
         **_family_switches(cfg, family),
-        **write_rope(cfg.rope_base, cfg.rope),
+        **write_rope(cfg.rope_base, cfg.rope, cfg.rotary_dim),
     }
 
 

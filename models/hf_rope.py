@@ -3,7 +3,7 @@
 import json
 from typing import Any, NoReturn
 
-from models.positions import RopeScaling
+from models.positions import RopeScaling, ntk_base
 
 # Field of RopeScaling by key of config.json.
 _ROPE_FIELDS = {
@@ -94,12 +94,17 @@ def read_rope(found: dict[str, Any], max_length: int) -> tuple[float, RopeScalin
     return float(base), RopeScaling(rope_type=kind, **fields)
 
 
-def write_rope(base: float, rope: RopeScaling) -> dict[str, Any]:
-    """The rotary keys of ``config.json``, in both styles.
+def write_rope(base: float, rope: RopeScaling, dim: int) -> dict[str, Any]:
+    """The rotary keys of ``config.json``, in both styles, for heads that rotate ``dim`` channels.
+
+    NTK-aware scaling has no name there and needs none: it is another base.
 
     Raises:
         ValueError: the scheme is not one of Hugging Face's.
     """
+    if rope.rope_type == "ntk":
+        base = ntk_base(base, rope.factor, dim)
+        rope = RopeScaling(attention_factor=rope.attention_factor)
     kind = rope.rope_type
     if kind not in _ROPE_USED:
         raise ValueError(

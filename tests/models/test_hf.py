@@ -150,7 +150,7 @@ def test_weights_without_a_name_there_are_refused(tmp_path):
     for changes, message in (
         ({"causal": False}, "causal=False"),
         ({"rotary_fraction": 0.5}, "rotary_fraction below 1"),
-        ({"rope": RopeScaling("ntk", 2.0)}, "rope type 'ntk' has no Hugging Face form"),
+        ({"rope": RopeScaling("mine", 2.0)}, "rope type 'mine' has no Hugging Face form"),
         ({"rope": RopeScaling(attention_factor=2.0)}, "attention_factor 2.0 has no Hugging Face"),
         ({"windows": (2, 3, None)}, r"different widths \[2, 3\]"),
         ({"windows": (2, None, None)}, "no Hugging Face family has this mix"),

@@ -1,9 +1,12 @@
 """``config.json``: what is read, what is refused, and the defaults of each family."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 
-from models.hf_config import from_hf
-from models.positions import RopeScaling
+from models.hf_config import from_hf, to_hf
+from models.positions import RopeScaling, rope_frequencies
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3,
@@ -84,6 +87,16 @@ def test_both_styles_of_rope_settings():
     long = LLAMA | {"rope_scaling": {"type": "longrope", "factor": 7.0} | tables}
     assert from_hf(long).rope.factor == 7.0
     assert from_hf(long | {"original_max_position_embeddings": 8}).rope.factor == 4.0
+
+
+def test_ntk_scaling_is_written_as_its_base():
+    """Another program that reads the file computes the very frequencies."""
+    cfg = dataclasses.replace(from_hf(LLAMA), rope=RopeScaling("ntk", 4.0))
+    back = from_hf(to_hf(cfg))
+    assert back.rope == RopeScaling() and back.rope_base > cfg.rope_base
+    want, _ = rope_frequencies(cfg.rope, cfg.rotary_dim, cfg.rope_base)
+    got, _ = rope_frequencies(back.rope, back.rotary_dim, back.rope_base)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 def test_family_defaults():
