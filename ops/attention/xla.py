@@ -20,8 +20,8 @@ from ops.attention.mask import AttentionMask
 from ops.platform import target_platform
 
 MAX_PIECES = 8
-"""Most causal pieces. XLA may hold the scores of all pieces of one chunk at once, and programs grow
-with their number."""
+"""Most causal pieces: programs grow with them, and XLA may hold the scores of pieces of a single
+chunk all at once."""
 
 
 def xla_attention(
