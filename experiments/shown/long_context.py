@@ -188,6 +188,7 @@ def figures(result: str, kinds: Sequence[str] = ("loss", "task")) -> tuple[Figur
 
 
 METHODS = "context_methods"
+SMOLLM2 = "long_context_smollm2_135m_smollm2_loss"
 BASELINES = ("dense", "window")
 GIRAFFE = (
     *BASELINES, "linear 4", "power 0.1", "power 0.5", "truncated", "rope, tuned", "window, tuned",
@@ -218,9 +219,10 @@ def pages(
 
 TABLES = (
     *tables("methods", METHODS),
+    *tables("smollm2", SMOLLM2, ("loss",)),
     Statements("context-statements", PAGE, METHODS),
     *pages("giraffe", GIRAFFE, context_statements.GIRAFFE, ("lines-short",)),
     *pages("clex", CLEX, context_statements.CLEX, ()),
     *pages("qwen25_1m", QWEN, context_statements.QWEN, ("lines-short", "passkey-short")),
 )
-FIGURES = figures(METHODS)
+FIGURES = (*figures(METHODS), *figures(SMOLLM2, ("loss",)))
