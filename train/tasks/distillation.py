@@ -24,7 +24,7 @@ from models.draft_head import head_rows
 from models.hf import save_hf
 from models.layers import norm_specs, normalize
 from models.load import Model, load
-from models.params import ParamSpec
+from models.params import ParamSpec, init
 from train.data.hidden import HiddenTexts, heldout_batches, make_hidden_dataset, weights_hash
 from train.losses import law_cross_entropy
 from train.matrix import wrap_matrices
@@ -97,15 +97,10 @@ class Distillation(BaseTask):
 
     def init(self, key: jax.Array, data: grain.IterDataset | None, context: Context) -> TaskParams:
         """A fresh decoder whose embeddings are the target's, projected to the smaller width."""
-        draft = super().init(key, data, context).draft
-        embed = principal_part(self.teacher.params.embed, self.model.hidden_size)
-        laws = Laws(
-            self.teacher.params.final_norm,
-            head_rows(
-                self.teacher.params, self.teacher.cfg, jnp.arange(self.teacher.cfg.vocab_size)
-            ),
-        )
-        draft = dataclasses.replace(draft, embed=embed.astype(draft.embed.dtype))
+        target, cfg = self.teacher.params, self.teacher.cfg
+        embed = principal_part(target.embed, self.model.hidden_size)
+        draft = dataclasses.replace(init(decoder.specs(self.model), key), embed=embed)
+        laws = Laws(target.final_norm, head_rows(target, cfg, jnp.arange(cfg.vocab_size)))
         return context.place(TaskParams(draft, laws), self.specs())
 
     def partition(self, params: TaskParams) -> tuple[decoder.Params, Laws]:
