@@ -163,7 +163,9 @@ def policy_of(name: str, task: Any, params: Any, length: int) -> Any:
     if isinstance(task, SeqPETask):
         return make_table(params.encoder, task.encoder, params.projection, task.injection, length)
     factor = max(1.0, length / task.sequence_length)
-    return make_policy(METHODS[name][1].replace("FACTOR", f"{factor:g}"), task.model)
+    # Models that can read further than they were trained to are squeezed into what they were.
+    trained = dataclasses.replace(task.model, max_length=task.sequence_length)
+    return make_policy(METHODS[name][1].replace("FACTOR", f"{factor:g}"), trained)
 
 
 @functools.partial(jax.jit, static_argnums=0)

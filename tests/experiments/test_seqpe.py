@@ -2,11 +2,15 @@
 
 import dataclasses
 import pathlib
+import types
+from typing import Any
 
 import numpy as np
 import pytest
 
 from experiments import record, seqpe, seqpe_vit, statements
+from inference.policies.interpolated import InterpolatedPolicy
+from tests.inference.models import config
 from tests.train.text import write_corpus
 
 
@@ -33,6 +37,13 @@ def test_the_text_experiment_runs(tmp_path: pathlib.Path, monkeypatch: pytest.Mo
     # A second time nothing is trained: the runs are there.
     again = seqpe.run(dataclasses.replace(settings, methods=("rope",)))
     assert again[0]["at_2x"] == by["rope"]["at_2x"]
+
+
+def test_sinusoids_are_squeezed_into_the_trained_range_not_into_what_the_model_can_read():
+    model = config(position="sinusoidal", max_length=160)
+    task: Any = types.SimpleNamespace(model=model, sequence_length=32)
+    policy = seqpe.policy_of("sinusoidal_squeezed", task, None, 64)
+    assert isinstance(policy, InterpolatedPolicy) and policy.trained == 32
 
 
 def row(method: str, *values: float) -> dict:
