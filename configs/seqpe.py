@@ -11,7 +11,9 @@ The corpus is the standard library's sources; `--config.task.corpus=text:PATH` r
 `--config.compute_dtype=bfloat16` suits a GPU. An export is read by the policy `seqpe:DIR`, those of
 rivals by `dense` and `interpolated` (`python -m experiments.long_context`).
 
-Minutes and expected numbers: not measured yet.
+Minutes on 2 cores, beside other work, of 800 updates with `--config.batch_size=16` as on the
+method's page: 20, of the rivals 13. Expected perplexity in range: 157, of rotary positions 150.
+All 4,000 updates of 32 rows were not run.
 """
 
 from configs import defaults
