@@ -30,8 +30,6 @@ TASK_HEADER = (
     "effective length",
 )
 
-ATTENTION_HEADER = ("policy", "task", "tokens", "share of tokens", "of all attention", "best head")
-
 
 def signed(value: dict[str, Any], digits: int = 3) -> str:
     """``mean ± spread`` with the sign of the mean."""
@@ -105,7 +103,7 @@ class Accuracies:
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """The table of attention on the evidence: every policy, task and length."""
+    """Attention on the evidence by policy, task and length: the best head's, and all heads'."""
 
     name: str
     result: str
@@ -114,14 +112,16 @@ class Attention:
     def render(self) -> str:
         """Its Markdown."""
         result = record.load(self.result)
-        rows = [
-            (
-                row["policy"], row["task"], f"{row['length']:,}",
-                *(percent(row[name], 1) for name in ("share", "mass", "best")),
-            )
-            for row in of_kind(result, "attention")
-        ]  # fmt: skip
-        return f"{markdown(ATTENTION_HEADER, rows)}\n\n{caption(result)}"
+        found: dict[tuple[str, str], list[str]] = {}
+        shares: dict[int, dict[str, Any]] = {}
+        for row in of_kind(result, "attention"):
+            shares[row["length"]] = row["share"]
+            cells = found.setdefault((row["policy"], row["task"]), [])
+            cells.append(f"{percent(row['best'])} ({percent(row['mass'], 1)})")
+        header = ("policy", "task", *(f"{length:,}" for length in shares))
+        tokens = ("share of tokens", "", *(percent(share, 1) for share in shares.values()))
+        rows = [tokens, *((*key, *cells) for key, cells in found.items())]
+        return f"{markdown(header, rows)}\n\n{caption(result)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +188,7 @@ def figures(result: str, kinds: Sequence[str] = ("loss", "task")) -> tuple[Figur
 
 
 METHODS = "context_methods"
+ATTENTION = "long_context_records_11m_attention"
 SMOLLM2 = "long_context_smollm2_135m_smollm2_loss"
 BASELINES = ("dense", "window")
 GIRAFFE = (
@@ -219,6 +220,7 @@ def pages(
 
 TABLES = (
     *tables("methods", METHODS),
+    *tables("records", ATTENTION, ("attention",)),
     *tables("smollm2", SMOLLM2, ("loss",)),
     Statements("context-statements", PAGE, METHODS),
     *pages("giraffe", GIRAFFE, context_statements.GIRAFFE, ("lines-short",)),

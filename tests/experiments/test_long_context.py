@@ -217,7 +217,12 @@ def test_the_whole_command(folder: pathlib.Path, model: Model, tmp_path: pathlib
     result = json.loads(path.read_text())
     names = shown.tables("x", "long_context_x", ("loss", "task", "attention"))
     losses, accuracies, attention = (t.render() for t in names)
-    assert "| yarn:4 | passkey-short | 192 |" in attention
+    assert "| policy | task | 128 | 192 |" in attention
+    measured = [r for r in rows if r["kind"] == "attention" and r["policy"] == "yarn:4"]
+    cells = " | ".join(
+        f"{shown.percent(r['best'])} ({shown.percent(r['mass'], 1)})" for r in measured
+    )
+    assert len(measured) == 2 and f"| yarn:4 | passkey-short | {cells} |" in attention
     assert (
         "| yarn:4 |" in losses and "Trained length 128" in losses and "passkey-short" in accuracies
     )
