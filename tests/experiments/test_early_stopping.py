@@ -68,6 +68,7 @@ def test_a_sweep_is_a_set_of_runs(tmp_path: pathlib.Path):
         load_curves(tmp_path / "stopped")
 
 
+@pytest.mark.slow
 def test_the_comparison_runs(model: LCPFN, tmp_path: pathlib.Path):
     rng = np.random.default_rng(0)
     falling = 2 * np.exp(-rng.uniform(0, 1, (6, 1)) * np.arange(12)[None]) + rng.random((6, 1))

@@ -92,6 +92,7 @@ def test_runs_made_here(tmp_path: pathlib.Path):
     np.testing.assert_array_equal(curve_runs.run(settings)[0], curves)
 
 
+@pytest.mark.slow
 def test_measures_of_a_network(model: LCPFN):
     curves = np.asarray(sample_prior(jax.random.key(2), 20).noisy, np.float64)
     found = lc_pfn_prior.measure_network(model, curves, (5, 40))

@@ -199,6 +199,7 @@ def settings(folder: pathlib.Path, **changes: Any) -> Settings:
     return Settings(**(fields | changes))
 
 
+@pytest.mark.slow
 def test_the_whole_command(folder: pathlib.Path, model: Model, tmp_path: pathlib.Path, monkeypatch):
     other = f"window:9@{folder / 'stories260k'}"
     book = tmp_path / "book.txt"

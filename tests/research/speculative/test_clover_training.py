@@ -111,6 +111,7 @@ def test_training_lowers_the_loss(folder: pathlib.Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["clover", "medusa shared", "eagle"])
+@pytest.mark.slow
 def test_bfloat16_is_close_to_float32(folder: pathlib.Path, name: str) -> None:
     """Loss, slopes and evaluation run on every platform when the loop computes in bfloat16."""
     task = tasks(folder)[name]
