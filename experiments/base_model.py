@@ -39,7 +39,7 @@ def bits_per_byte(model: Model, split: str, rows: int = 8) -> float:
     def nats(params: Any, batch: dict[str, Any]) -> jax.Array:
         step = Step(batch["positions"], segments=batch["segments"])
         out = decoder.forward(params, model.cfg, batch["tokens"], step=step)
-        head = params.embed if params.head is None else params.head.T
+        head = decoder.head_matrix(params)
         return token_cross_entropy(out.hidden, head, batch["targets"], batch["mask"])
 
     with tempfile.TemporaryDirectory() as folder:

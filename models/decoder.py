@@ -189,6 +189,11 @@ def unembed(
     return matmul(hidden, params.head).astype(jnp.float32)
 
 
+def head_matrix(params: Params) -> Float[Array, "vocab width"]:
+    """The matrix that reads tokens out of hidden states, of weights that are plain arrays."""
+    return params.embed if params.head is None else params.head.T
+
+
 def forward(
     params: Params,
     cfg: Config,

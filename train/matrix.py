@@ -1,5 +1,6 @@
 """Matrix products whose weight gradient is laid out for speed."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from models import decoder
 from ops.weights import Weight, WeightLeaf
 
 
@@ -45,6 +47,12 @@ def wrap_matrices(layers: Any) -> Any:
         return TrainedMatrix(leaf) if getattr(path[-1], "name", None) == "w" else leaf
 
     return jax.tree_util.tree_map_with_path(wrap, layers)
+
+
+def wrap_decoder(params: decoder.Params) -> decoder.Params:
+    """A decoder whose layers have their matrices as trained ones."""
+    segments = (dataclasses.replace(s, layers=wrap_matrices(s.layers)) for s in params.segments)
+    return dataclasses.replace(params, segments=tuple(segments))
 
 
 @jax.custom_vjp

@@ -1,9 +1,8 @@
 """What the documents show of SeqPE: perplexity by length, and accuracy by grid."""
 
-import dataclasses
+from typing import Any
 
-from experiments import record
-from experiments.report import Rendered, Statements, caption, markdown, number
+from experiments.report import Rendered, Statements, Table, number
 from experiments.shown.long_context import percent
 
 PAGE = "research/context/seqpe/README.md"
@@ -23,58 +22,33 @@ NAMES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Perplexities:
-    """Perplexity of every method by length, in trained lengths; and what the encoder learned."""
-
-    name: str
-    result: str
-    document: str = PAGE
-
-    def render(self) -> str:
-        """Its Markdown."""
-        result = record.load(self.result)
-        columns = [f"at_{times}x" for times in result["config"]["times"]]
-        header = ("method", *(key[3:] for key in columns), "contrastive loss", "nearest found")
-        rows = [
-            (
-                NAMES[row["method"]],
-                *(number(row[key], 1) for key in columns),
-                number(row["contrastive"], 2) if "contrastive" in row else "",
-                percent(row["nearest"]) if "nearest" in row else "",
-            )
-            for row in result["rows"]
-        ]
-        return f"{markdown(header, rows)}\n\n{caption(result)}"
+TIMES = (1, 2, 4, 8, 16)
+TEXT_HEADER = ("method", *(f"{n}x" for n in TIMES), "contrastive loss", "nearest found")
 
 
-@dataclasses.dataclass(frozen=True)
-class Accuracies:
-    """Accuracy of every method by kind and size of images."""
+def text_row(row: dict[str, Any]) -> tuple[str, ...]:
+    """Cells of a method: perplexity by length in trained ones, and what the encoder learned."""
+    return (
+        NAMES[row["method"]],
+        *(number(row[f"at_{n}x"], 1) for n in TIMES),
+        number(row["contrastive"], 2) if "contrastive" in row else "",
+        percent(row["nearest"]) if "nearest" in row else "",
+    )
 
-    name: str
-    result: str
-    document: str = PAGE
 
-    def render(self) -> str:
-        """Its Markdown."""
-        result = record.load(self.result)
-        columns = [key for key in result["rows"][0] if key.startswith(("scaled_", "placed_"))]
-        header = ("method", "parameters", *(key.replace("_", " to ") for key in columns))
-        rows = [
-            (
-                NAMES[row["method"]],
-                f"{row['parameters']:,}",
-                *(percent(row[key], 1) for key in columns),
-            )
-            for row in result["rows"]
-        ]
-        return f"{markdown(header, rows)}\n\n{caption(result)}"
+IMAGES = ("scaled_28", "scaled_44", "placed_44", "scaled_56", "placed_56")
+IMAGE_HEADER = ("method", "parameters", *(name.replace("_", " to ") for name in IMAGES))
+
+
+def image_row(row: dict[str, Any]) -> tuple[str, ...]:
+    """Cells of a method: accuracy by kind and size of images."""
+    accuracies = (percent(row[name], 1) for name in IMAGES)
+    return (NAMES[row["method"]], f"{row['parameters']:,}", *accuracies)
 
 
 TABLES: tuple[Rendered, ...] = (
-    Perplexities("seqpe-text", "seqpe"),
+    Table("seqpe-text", PAGE, "seqpe", TEXT_HEADER, text_row),
     Statements("seqpe-text-statements", PAGE, "seqpe"),
-    Accuracies("seqpe-vit", "seqpe_vit"),
+    Table("seqpe-vit", PAGE, "seqpe_vit", IMAGE_HEADER, image_row),
     Statements("seqpe-vit-statements", PAGE, "seqpe_vit"),
 )

@@ -95,19 +95,19 @@ def _attend_prefixes(q, k, v, mask, scale, hooks, chunk):
                 if (x := getattr(part, name)) is not None
             },
         )
-        attend = _attend_scanned if end - start > chunk else _attend_once
-        parts.append(attend(q[:, start:end], k[:, :end], v[:, :end], part, scale, hooks, chunk))
+        rows = q[:, start:end], k[:, :end], v[:, :end]
+        parts.append(_attend_scanned(*rows, part, scale, hooks, chunk))
     return jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), *parts)
 
 
-def _attend_once(q, k, v, mask, scale, hooks, chunk):
-    """One chunk, rematerialised in the backward pass."""
-    return jax.checkpoint(_attend)(q, k, v, mask, scale, hooks)
-
-
 def _attend_scanned(q, k, v, mask, scale, hooks, chunk):
-    """Chunks of queries one after the other in a scan, the remainder after it."""
+    """Chunks of queries one after the other in a scan, the remainder after it.
+
+    Each is rematerialised in the backward pass.
+    """
     b, t, h, _ = q.shape
+    if t <= chunk:  # no loop around a single chunk
+        return jax.checkpoint(_attend)(q, k, v, mask, scale, hooks)
     whole = t // chunk
 
     @functools.partial(jax.checkpoint, static_argnums=1)

@@ -27,7 +27,7 @@ from models.load import Model, load
 from models.params import ParamSpec, init
 from train.data.hidden import HiddenTexts, heldout_batches, make_hidden_dataset, weights_hash
 from train.losses import law_cross_entropy
-from train.matrix import wrap_matrices
+from train.matrix import wrap_decoder
 from train.task import BaseTask, Context
 
 
@@ -124,10 +124,9 @@ class Distillation(BaseTask):
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """Mean nats of the draft model's laws against the target's, per generated token."""
         mask = jnp.asarray(batch["mask"])
-        nats = law_cross_entropy(
-            self._run(params, batch), self._head(params), self._states(params, batch),
-            jax.lax.stop_gradient(params.laws.rows), mask,
-        )  # fmt: skip
+        hidden, head = self._run(params, batch), decoder.head_matrix(params.draft)
+        rows = jax.lax.stop_gradient(params.laws.rows)
+        nats = law_cross_entropy(hidden, head, self._states(params, batch), rows, mask)
         weight = jnp.sum(mask)
         return nats / jnp.maximum(weight, 1.0), {"weight": weight}
 
@@ -156,14 +155,8 @@ class Distillation(BaseTask):
             save_hf(directory, draft, self.model, files, dtype)
 
     def _run(self, params: TaskParams, batch: dict[str, Any]) -> Float[Array, "b t width"]:
-        trunk = decoder.unstack(params.draft)
-        segments = (dataclasses.replace(s, layers=wrap_matrices(s.layers)) for s in trunk.segments)
-        trunk = dataclasses.replace(trunk, segments=tuple(segments))
+        trunk = wrap_decoder(decoder.unstack(params.draft))
         return decoder.forward(trunk, self.model, jnp.asarray(batch["tokens"])[:, :-1]).hidden
-
-    def _head(self, params: TaskParams) -> Float[Array, "vocab width"]:
-        draft = params.draft
-        return draft.embed if draft.head is None else draft.head.T
 
     def _states(self, params: TaskParams, batch: dict[str, Any]) -> Float[Array, "b t width"]:
         states = jnp.asarray(batch["pre_norm"]).astype(params.laws.rows.dtype)
@@ -175,7 +168,7 @@ class Distillation(BaseTask):
 
         def row(given: tuple[Array, Array, Array]) -> Float[Array, " 4"]:
             hidden, states, mask = given
-            q = jax.nn.log_softmax(hidden @ self._head(params).T)
+            q = jax.nn.log_softmax(hidden @ decoder.head_matrix(params.draft).T)
             p = jax.nn.log_softmax(states @ params.laws.rows.T)
             found = (
                 jnp.argmax(p, -1) == jnp.argmax(q, -1),

@@ -19,7 +19,7 @@ from models.params import cast, validate
 from models.tokenizer import Tokenizer, check_vocab
 from train.data.pipeline import DataConfig, evaluation_batches, load_tokens, make_dataset
 from train.losses import token_cross_entropy
-from train.matrix import wrap_matrices
+from train.matrix import wrap_decoder
 from train.step import DTYPES
 from train.task import BaseTask, Context
 
@@ -137,8 +137,7 @@ class LanguageModel(BaseTask):
 
     def head(self, params: Any) -> Any:
         """The matrix (vocab, width) that reads tokens out of hidden states."""
-        trunk = self.trunk(params)
-        return trunk.embed if trunk.head is None else trunk.head.T
+        return decoder.head_matrix(self.trunk(params))
 
     def run(
         self,
@@ -155,10 +154,8 @@ class LanguageModel(BaseTask):
         trunk = self.trunk(params)
         if self.unroll:
             trunk = decoder.unstack(trunk)
-        segments = (dataclasses.replace(s, layers=wrap_matrices(s.layers)) for s in trunk.segments)
-        trunk = dataclasses.replace(trunk, segments=tuple(segments))
         return decoder.forward(
-            trunk,
+            wrap_decoder(trunk),
             self.model,
             batch["tokens"],
             step=step,

@@ -156,7 +156,7 @@ class LongSpecTask(BaseTask):
 
     def _head(self, params: TaskParams) -> Float[Array, "vocab width"]:
         target = params.target
-        return jax.lax.stop_gradient(target.embed if target.head is None else target.head.T)
+        return jax.lax.stop_gradient(decoder.head_matrix(target))
 
     def _sums(
         self, params: TaskParams, batch: dict[str, Array]
