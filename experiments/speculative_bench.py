@@ -28,6 +28,7 @@ from experiments.settings import from_flags
 from experiments.speculative_peers import Peers
 from experiments.statements import Statement, value
 from inference.drafter import NoDrafter
+from inference.drafters.lookup import LookupDrafter
 from inference.drafters.registry import make_drafter
 from inference.engine import Engine, make_engine
 from inference.tuning import WIDTHS, pass_seconds, tuned
@@ -81,16 +82,19 @@ def categories(settings: Settings, model: Model, split: Any) -> dict[str, list[l
 
 
 def make_sides(
-    settings: Settings, model: Model, seconds: dict[int, float]
+    settings: Settings, model: Model, seconds: dict[int, float], batch: int = 1
 ) -> dict[str, tuple[Any, Any]]:
-    """Every drafter by name, with its params; plain decoding first."""
+    """Every drafter by name, with its params; plain decoding first.
+
+    ``seconds`` of passes are those of ``batch`` rows, for which drafters are tuned.
+    """
     sides: dict[str, tuple[Any, Any]] = {"none": (NoDrafter(), None)}
     for name in settings.drafters:
         kind, _, wanted = name.partition(":")
         drafter, params = make_drafter(wanted if kind == "tuned" else name, model)
         if kind == "tuned":
             prompts = [p for ps in categories(settings, model, "train").values() for p in ps[:4]]
-            drafter = tuned(model, drafter, params, prompts, seconds)
+            drafter = tuned(model, drafter, params, prompts, seconds, batch=batch)
         sides[name] = drafter, params
     return sides
 
@@ -149,14 +153,26 @@ def state_bytes(state: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(state.drafter))
 
 
-def batched(
-    settings: Settings, model: Model, engines: dict[str, Engine], prompts: Sequence[Any]
-) -> list[dict[str, Any]]:
-    """Rows of greedy tokens per second against the batch, prefill not counted."""
+def make_engines(model: Model, sides: dict[str, tuple[Any, Any]]) -> dict[str, Engine]:
+    """An engine for every drafter."""
+    return {
+        name: make_engine(model.params, model.cfg, drafter=drafter, drafter_params=params)
+        for name, (drafter, params) in sides.items()
+    }
+
+
+def batched(settings: Settings, model: Model, prompts: Sequence[Any]) -> list[dict[str, Any]]:
+    """Rows of greedy tokens per second against the batch, prefill not counted.
+
+    Drafters are tuned for each batch.
+    """
     greedy, eos = SamplingParams.make(), model.tokenizer.end_ids
     rows = []
     for batch in map(int, settings.batches):
         given = [prompts[i % len(prompts)] for i in range(batch)]
+        seconds = pass_seconds(model, batch=batch)
+        sides = make_sides(settings, model, seconds, batch)
+        engines = make_engines(model, sides)
         rates: dict[str, list[float]] = {name: [] for name in engines}
         for repeat in range(settings.repeats + 1):
             for name, engine in engines.items():
@@ -165,6 +181,7 @@ def batched(
         rows += [
             {
                 "kind": "batch", "drafter": name, "batch": batch,
+                "width": sides[name][0].width,
                 "tokens_per_second": record.sample(rates[name]),
                 "speedup": record.sample(
                     [a / b for a, b in zip(rates[name], rates["none"], strict=True)]
@@ -193,10 +210,7 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     overhead = loop_overhead(model, settings.new_tokens, 2 * settings.repeats)
     rows.append({"kind": "overhead", "share": record.sample(overhead)})
     sides = make_sides(settings, model, seconds)
-    engines = {
-        name: make_engine(model.params, model.cfg, drafter=drafter, drafter_params=params)
-        for name, (drafter, params) in sides.items()
-    }
+    engines = make_engines(model, sides)
     for category, given in prompts.items():
         for temperature in map(float, settings.temperatures):
             print(f"{category}, temperature {temperature:g}", flush=True)
@@ -208,7 +222,7 @@ def run(settings: Settings) -> list[dict[str, Any]]:
                      "temperature": temperature, "load_average": list(load_before)} | row
                 )  # fmt: skip
                 print(f"  {name:24} {row['tokens_per_second']['mean']:7.1f} tokens/s", flush=True)
-    rows += batched(settings, model, engines, next(iter(prompts.values())))
+    rows += batched(settings, model, next(iter(prompts.values())))
     return [*rows, *summaries(settings, model, sides, prompts, rows)]
 
 
@@ -234,6 +248,7 @@ def summaries(
                 "kind": "summary",
                 "method": name,
                 "width": drafter.width,
+                "lengths": drafter.lengths if isinstance(drafter, LookupDrafter) else None,
                 "tokens_per_pass": per_pass,
                 "draft_cost": cost,
                 "param_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(params)),

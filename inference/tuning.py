@@ -5,53 +5,60 @@ and several times as long on a CPU. So how much to draft is measured, not assume
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from inference.drafter import Drafter, NoDrafter
 from inference.drafters.draft_model import DraftModel
-from inference.drafters.lookup import LookupDrafter
-from inference.engine import Engine, make_engine
-from inference.loop import Stats
+from inference.drafters.lookup import LookupDrafter, copy_after_match
+from inference.engine import Engine, Generation, bucket, make_engine
 from models.load import Model
 from ops.sampling import SamplingParams
 from ops.tree import StaticTree, tree_from_paths
 
 WIDTHS = (1, 2, 4, 8, 16, 32)
-LONGEST_LOOKUP, LONGEST_CHAIN = 15, 8
-"""Tokens of a draft that lengths are chosen up to: of prompt lookup, and of a draft model."""
+LONGEST_CHAIN = 8
+"""Tokens up to which a draft model's length is chosen."""
+LOOKUP_NGRAMS, LOOKUP_LENGTHS = (5, 4, 3, 2), (0, 1, 2, 3, 4, 5, 7, 10, 15)
+"""N-gram sizes of a tuned prompt lookup, and the lengths that each one's is chosen from."""
 
 
-def round_seconds(engine: Engine, prompt: Sequence[int], tokens: int) -> float:
-    """Seconds of a decoding round at batch 1, greedy; prefill is not counted."""
+def round_seconds(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int) -> float:
+    """Seconds of a decoding round, greedy; prefill is not counted."""
     greedy = SamplingParams.make()
-    state, seeds = engine.start([prompt], tokens, greedy)
+    state, seeds = engine.start(prompts, tokens, greedy)
     jax.block_until_ready(state)
     start = time.perf_counter()
     state = jax.block_until_ready(engine.run(state, seeds, greedy, ()))
-    return (time.perf_counter() - start) / int(state.stats.rounds[0])
+    return (time.perf_counter() - start) / int(np.max(state.stats.rounds))
 
 
 def pass_seconds(
-    model: Model, widths: Sequence[int] = WIDTHS, tokens: int = 48, repeats: int = 3
+    model: Model,
+    widths: Sequence[int] = WIDTHS,
+    tokens: int = 48,
+    repeats: int = 3,
+    batch: int = 1,
 ) -> dict[int, float]:
-    """Median seconds of a decoding round by the width of its pass, at batch 1.
+    """Median seconds of a decoding round by the width of its pass, for ``batch`` rows.
 
     Compilation and prefill are not counted. Widths are measured in turn, so that a drifting
     machine hits all of them.
     """
-    prompt = [1 % model.cfg.vocab_size] * 16
+    prompts = [[1 % model.cfg.vocab_size] * 16] * batch
     engines = {
         width: make_engine(model.params, model.cfg, drafter=NoDrafter(width)) for width in widths
     }
     taken: dict[int, list[float]] = {width: [] for width in widths}
     for repeat in range(repeats + 1):  # the first time is the compiler's
         for width, engine in engines.items():
-            seconds = round_seconds(engine, prompt, tokens)
+            seconds = round_seconds(engine, prompts, tokens)
             taken[width] += [seconds] if repeat else []
     return {width: float(np.median(times)) for width, times in taken.items()}
 
@@ -98,6 +105,76 @@ def by_gain(tree: StaticTree, shares: np.ndarray) -> list[int]:
     return sorted(range(1, tree.size), key=lambda node: (-keys[node], node))
 
 
+def lookup_lengths(
+    texts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    ngrams: tuple[int, ...],
+    seconds: Mapping[int, float],
+    batch: int = 1,
+) -> tuple[int, ...]:
+    """The tokens to draft after a match of each n-gram size that give most tokens per second.
+
+    What lookup drafts depends on the text alone, so rounds are counted, not run: ``batch`` texts
+    advance together, and a round costs what its longest draft does. One length is changed at a time
+    until none improves; at least one is above 0.
+
+    Args:
+        texts: prompts, and how greedy decoding went on after each.
+        seconds: of a pass by its width, 1 among them.
+    """
+    longest = max(LOOKUP_LENGTHS)
+    rows = [_lookups(prompt, new, ngrams, longest) for prompt, new in texts]
+    groups = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+    cost = _at_widths(seconds, 1 + np.arange(longest + 1))
+
+    def rate(lengths: tuple[int, ...]) -> float:
+        drafts = np.array([*lengths, 0])
+        taken = sum(_replayed_seconds(group, drafts, cost) for group in groups)
+        return sum(len(places) for places, _ in rows) / taken
+
+    def changed(lengths: tuple[int, ...], at: int) -> list[tuple[int, ...]]:
+        every = [(*lengths[:at], length, *lengths[at + 1 :]) for length in LOOKUP_LENGTHS]
+        return [lengths, *(some for some in every if any(some))]  # ties go to what there is
+
+    best = max([(length,) * len(ngrams) for length in LOOKUP_LENGTHS[1:]], key=rate)
+    before = None
+    while best != before:
+        before = best
+        for at in range(len(ngrams)):
+            best = max(changed(best, at), key=rate)
+    return best
+
+
+def _lookups(
+    prompt: Sequence[int], new: Sequence[int], ngrams: tuple[int, ...], longest: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of every new token: which n-gram size matches before it, and how many copies are right."""
+    text = np.asarray([*prompt, *new], np.int32)
+    padded = jnp.asarray(np.pad(text, (0, bucket(len(text)) - len(text))))
+    starts = np.arange(len(prompt), len(text))
+    copied, places = _copies(padded, jnp.asarray(starts, jnp.int32), ngrams, longest)
+    follows = np.concatenate([text, np.full(longest, -1, np.int32)])
+    wanted = follows[starts[:, None] + np.arange(longest)]
+    return np.asarray(places), np.cumprod(np.asarray(copied) == wanted, axis=1).sum(1)
+
+
+@functools.partial(jax.jit, static_argnames=("ngrams", "count"))
+def _copies(text: Any, starts: Any, ngrams: tuple[int, ...], count: int) -> tuple[Any, Any]:
+    return jax.vmap(lambda n: copy_after_match(text, n, ngrams, count))(starts)
+
+
+def _replayed_seconds(
+    rows: Sequence[tuple[np.ndarray, np.ndarray]], drafts: np.ndarray, cost: np.ndarray
+) -> float:
+    """What decoding the rows together takes with ``drafts[i]`` tokens after a match of size i."""
+    at, total = [0] * len(rows), 0.0
+    while going := [r for r, (places, _) in enumerate(rows) if at[r] < len(places)]:
+        counts = [int(drafts[rows[r][0][at[r]]]) for r in going]
+        total += float(cost[max(counts)])
+        for r, count in zip(going, counts, strict=True):
+            at[r] += 1 + min(count, int(rows[r][1][at[r]]))
+    return total
+
+
 def tuned(
     model: Model,
     drafter: Drafter,
@@ -105,24 +182,30 @@ def tuned(
     prompts: Sequence[Sequence[int]],
     seconds: Mapping[int, float],
     new_tokens: int = 64,
+    batch: int = 1,
 ) -> Drafter:
     """The drafter with the draft that suits the machine's costs and the prompts.
 
-    Prompt lookup and a draft model get a length, a drafter over a static tree the part of it that
-    pays: what is right how often is counted while the prompts are decoded with the whole draft, and
-    what making a draft takes is measured. A draft has at least one token.
+    Prompt lookup gets a length for each n-gram size, a draft model one length, a drafter over a
+    static tree the part of it that pays: what is right how often is counted while the prompts are
+    decoded with the whole draft, and what making a draft takes is measured. A draft has at least
+    one token.
 
     Args:
         prompts: like those that will be asked, but others.
-        seconds: see :func:`pass_seconds`.
+        seconds: see :func:`pass_seconds`, which should have been measured for ``batch`` rows.
 
     Raises:
         ValueError: a drafter that is none of these.
     """
     if isinstance(drafter, LookupDrafter):
-        whole: Any = dataclasses.replace(drafter, length=LONGEST_LOOKUP)
-    elif isinstance(drafter, DraftModel):
-        whole = dataclasses.replace(drafter, length=LONGEST_CHAIN)
+        texts = decoded(model, drafter, params, prompts, new_tokens).tokens
+        pairs = list(zip(prompts, texts, strict=True))
+        lengths = lookup_lengths(pairs, LOOKUP_NGRAMS, seconds, batch)
+        widths = (1, *sorted({1 + length for length in lengths if length}))
+        return LookupDrafter(lengths, LOOKUP_NGRAMS, widths=widths[:-1])
+    if isinstance(drafter, DraftModel):
+        whole: Any = dataclasses.replace(drafter, length=LONGEST_CHAIN)
     elif isinstance(getattr(drafter, "tree", None), StaticTree):
         whole = drafter
     else:
@@ -131,16 +214,12 @@ def tuned(
             "a draft model or a drafter with a tree."
         )
 
-    stats = counted(model, whole, params, prompts, new_tokens)
+    stats = decoded(model, whole, params, prompts, new_tokens).stats
     counts = np.sum(stats.by_node, axis=0)
-    if isinstance(whole, LookupDrafter):
-        # Where nothing was found the pass is a plain one: such rounds do not count.
-        rounds = max(1, int(np.sum(stats.drafted)) // LONGEST_LOOKUP)
-        count = best_count(seconds, (counts[1:] / rounds).tolist(), least=1)
-        return dataclasses.replace(whole, length=count)
+    rows = [prompts[i % len(prompts)] for i in range(batch)]
     shares = counts / max(1, int(np.sum(stats.rounds)))
     if isinstance(whole, DraftModel):
-        taken = drafting_seconds(model, whole, params, prompts[0], seconds, new_tokens)
+        taken = drafting_seconds(model, whole, params, rows, seconds, new_tokens)
         gains, each = shares[1:].tolist(), taken / LONGEST_CHAIN
         return dataclasses.replace(whole, length=best_count(seconds, gains, least=1, each=each))
     order = by_gain(whole.tree, shares)
@@ -150,28 +229,28 @@ def tuned(
         paths = [whole.tree.paths[node - 1] for node in order[:count]]
         return dataclasses.replace(whole, tree=tree_from_paths(paths))
 
-    return part(drafting_seconds(model, part(0.0), params, prompts[0], seconds, new_tokens))
+    return part(drafting_seconds(model, part(0.0), params, rows, seconds, new_tokens))
 
 
-def counted(
+def decoded(
     model: Model, drafter: Drafter, params: Any, prompts: Sequence[Sequence[int]], new_tokens: int
-) -> Stats:
-    """The counters of decoding the prompts together, greedily."""
+) -> Generation:
+    """Texts and counters of decoding the prompts together, greedily."""
     engine = make_engine(model.params, model.cfg, drafter=drafter, drafter_params=params)
-    return engine.generate(prompts, new_tokens, eos=model.tokenizer.end_ids).stats
+    return engine.generate(prompts, new_tokens, eos=model.tokenizer.end_ids)
 
 
 def drafting_seconds(
     model: Model,
     drafter: Drafter,
     params: Any,
-    prompt: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     seconds: Mapping[int, float],
     tokens: int,
 ) -> float:
     """What a round with the drafter takes beyond a pass of its width."""
     engine = make_engine(model.params, model.cfg, drafter=drafter, drafter_params=params)
-    taken = [round_seconds(engine, prompt, tokens) for _ in range(4)][1:]  # the first compiles
+    taken = [round_seconds(engine, prompts, tokens) for _ in range(4)][1:]  # the first compiles
     return max(0.0, float(np.median(taken) - _at_widths(seconds, drafter.width)))
 
 

@@ -209,9 +209,11 @@ def test_lookup_copies_what_followed_the_most_recent_longest_match(ngrams):
     for _ in range(300):
         length = int(rng.integers(1, 20))
         tokens = rng.integers(0, 4, 24).astype(np.int32)
-        got, found = look(jnp.asarray(tokens), jnp.asarray(length, jnp.int32))
+        got, place = look(jnp.asarray(tokens), jnp.asarray(length, jnp.int32))
         want = naive_copy(tokens[:length].tolist(), ngrams, 6)
-        assert bool(found) == (want is not None)
+        sizes = [n for n in ngrams if naive_copy(tokens[:length].tolist(), (n,), 6) is not None]
+        assert ([*ngrams, None][int(place)]) == (sizes[0] if sizes else None)
+        assert (want is not None) == bool(sizes)
         if want is not None:
             assert np.asarray(got).tolist() == want
             hits += 1
@@ -223,8 +225,20 @@ def test_lookup_drafts_only_the_root_where_nothing_matches():
     assert got.stats.drafted == 0 and got.stats.rounds == 1
     repeated = engine(drafter=LookupDrafter()).generate([[1, 2, 3, 4, 1, 2, 3]], 1)
     assert repeated.stats.drafted == 10
-    with pytest.raises(ValueError, match="length and n-gram sizes of 1 or more"):
-        LookupDrafter(length=0)
+    for length in (0, (0, 0)):
+        with pytest.raises(ValueError, match="length and n-gram sizes of 1 or more"):
+            LookupDrafter(length)
+    for length in ((3,), (3, -1)):
+        with pytest.raises(ValueError, match="one of 0 or more for each of the n-gram sizes"):
+            LookupDrafter(length)
+
+
+def test_lookup_drafts_more_after_a_longer_match():
+    drafter = LookupDrafter((5, 0, 2), (3, 2, 1))
+    assert (drafter.width, drafter.max_depth) == (6, 5)
+    texts = {5: [1, 2, 3, 4, 1, 2, 3], 0: [5, 2, 3, 4, 1, 2, 3], 2: [5, 6, 3, 4, 1, 2, 3]}
+    for drafted, text in texts.items():
+        assert engine(drafter=drafter).generate([text], 1).stats.drafted == drafted
 
 
 # Names.

@@ -5,8 +5,9 @@ from inference import tuning
 from inference.drafter import NoDrafter
 from inference.drafters.draft_model import DraftModel
 from inference.drafters.lookup import LookupDrafter
+from inference.engine import Generation
 from inference.loop import Stats
-from inference.tuning import best_count, by_gain, pass_seconds, tuned
+from inference.tuning import best_count, by_gain, lookup_lengths, pass_seconds, tuned
 from models.load import Model
 from ops.tree import tree_from_paths
 from research.speculative.token_recycling.drafter import TokenRecycling
@@ -65,28 +66,50 @@ def test_nodes_come_after_their_parents_and_lower_siblings():
 
 def count_and_time(monkeypatch: pytest.MonkeyPatch, stats: Stats, drafting: float = 0.0) -> None:
     """Decoding that counts what it is told, and drafts that take a time of our choice."""
-    monkeypatch.setattr(tuning, "counted", lambda *_: stats)
+    monkeypatch.setattr(tuning, "decoded", lambda *_: Generation([], stats))
     monkeypatch.setattr(tuning, "drafting_seconds", lambda *_: drafting)
 
 
-def test_lookup_gets_the_length_that_its_hits_pay_for(monkeypatch: pytest.MonkeyPatch):
-    # Two rows with ten rounds in which 6 tokens were drafted, of which 5 had a first one right.
-    monkeypatch.setattr(tuning, "LONGEST_LOOKUP", 6)
-    rounds, drafted = np.array([40, 30], np.int32), np.array([36, 24], np.int32)
-    by_depth = np.array([[3, 3, 2, 0, 0, 0], [2, 1, 1, 0, 0, 0]], np.int32)
-    by_node = np.concatenate([rounds[:, None], by_depth], axis=1)
-    count_and_time(monkeypatch, Stats(rounds, drafted, rounds, rounds, by_depth, by_node, rounds))
+# After 7 8 9 the text goes on as before, for as long as you like; after 5 alone it never does.
+PROMPT = [7, 8, 9, 1, 2, 3, 4, 5, 0, 5, 6, 7, 8, 9]
+NEW = [1, 2, 3, 4, 5, 9, 5, 1, 5, 2]
+
+
+def test_lookup_drafts_long_after_long_matches_and_little_after_short_ones():
+    text = [(PROMPT, NEW)]
+    assert lookup_lengths(text, (3, 1), FLAT)[0] >= 5
+    # A plain pass for every token but those that a match of three foretells; no draft after one.
+    assert lookup_lengths(text, (3, 1), {1: 1.0, 2: 1.9, 6: 2.0, 16: 9.0}) == (5, 0)
+    assert any(lookup_lengths(text, (3, 1), STEEP))
+
+
+def test_the_replay_takes_the_seconds_of_the_rounds():
+    cost = np.array([1.0, 10.0, 100.0, 1000.0])
+    short = np.array([0, 1, 1, 0, 2]), np.array([2, 0, 0, 0, 0])
+    # Drafts of 3 where the first size matches: 2 are right, so the next round is the fourth's.
+    drafts = np.array([3, 1, 0])
+    assert tuning._replayed_seconds([short], drafts, cost) == 1000 + 1000 + 1
+    # Together with a row without matches, which takes five rounds.
+    plain = np.full(5, 2), np.zeros(5, int)
+    assert tuning._replayed_seconds([short, plain], drafts, cost) == 1000 + 1000 + 1 + 1 + 1
+
+
+def test_what_is_replayed_is_what_decoding_does():
     model = Model(weights(config()), config(), letters(VOCAB), "tiny")
+    drafter = LookupDrafter((4, 2), (2, 1), widths=(1, 3))
+    prompts = [[1, 2, 3, 1, 2], [4, 4, 4], [5]]
+    for prompt in prompts:
+        made = tuning.decoded(model, drafter, None, [prompt], 24)
+        rows = [tuning._lookups(prompt, made.tokens[0], drafter.ngrams, 15)]
+        ones = tuning._replayed_seconds(rows, np.array([4, 2, 0]), np.ones(16))
+        assert ones == int(made.stats.rounds[0])
 
-    def length(seconds: dict[int, float]) -> int:
-        chosen = tuned(model, LookupDrafter(), None, [[1]], seconds)
-        assert isinstance(chosen, LookupDrafter)
-        return chosen.length
 
-    assert length(FLAT) == 3
-    assert length(STEEP) == 1
-    # A second token in 0.4 of the rounds pays for 0.2 of a pass, a third in 0.3 for no 0.4.
-    assert length({1: 1.0, 2: 1.2, 3: 1.4, 4: 1.8, 7: 3.0}) == 2
+def test_a_tuned_lookup_has_a_pass_for_each_of_its_drafts(monkeypatch: pytest.MonkeyPatch):
+    model = Model(weights(config()), config(), letters(VOCAB), "tiny")
+    monkeypatch.setattr(tuning, "lookup_lengths", lambda *_: (7, 7, 2, 0))
+    chosen = tuned(model, LookupDrafter(), None, [[1]], FLAT, 4)
+    assert chosen == LookupDrafter((7, 7, 2, 0), (5, 4, 3, 2), widths=(1, 3))
 
 
 def test_a_draft_model_gets_the_length_that_its_passes_pay_for(monkeypatch: pytest.MonkeyPatch):
