@@ -8,6 +8,7 @@ baselines that any method has to beat. ``POLICY@MODEL`` is a policy on another m
 tokenizer, such as one that was fine-tuned for it. Loss is measured on windows of real text; beside
 it stands the loss of ``--model`` on the very same tokens within the trained length. Tasks are
 generated within ``--lengths`` tokens, output included, and the same examples go to all policies.
+With ``--keep=FILE`` a run that was interrupted goes on, and policies or tasks may be added to it.
 What is short-context regression and what long-context gain stands in one row per policy.
 """
 
@@ -44,6 +45,7 @@ from models.load import Model, load
 from train.data.long_tasks.qa_items import load_items
 from train.data.long_tasks.registry import TASKS, Materials
 from train.data.long_tasks.text import made_up_source, read_source
+from train.journal import Journal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,34 +120,41 @@ def measure_loss(
     policies: dict[str, tuple[Model, Any]],
     ids: Sequence[int],
     trained: int,
+    kept: Journal,
 ) -> list[dict[str, Any]]:
     """A row per policy and length: nats by bucket, and the excess over the loss in range."""
     width = settings.bucket or max(1, trained // 4)
     longest = max(settings.lengths)
     windows = [cut_windows(ids, settings.windows, longest, seed) for seed in settings.seeds]
     batch = min(settings.windows, settings.batch)
-    known = [in_range_nats(base, w, trained, batch) for w in windows]
+    known = kept.get(
+        "loss in range", lambda: [in_range_nats(base, w, trained, batch).tolist() for w in windows]
+    )
+    references = [np.asarray(values) for values in known]
+
+    def measured(name: str, length: int) -> dict[str, Any]:
+        model, policy = policies[name]
+        nats, excess, recalls = [], [], []
+        for tokens, reference in zip(windows, references, strict=True):
+            values, recall = window_nats(model, policy, tokens[:, : length + 1], batch)
+            nats.append(values)
+            excess.append(values - reference[:, :length])
+            recalls.append(recall)
+        return {
+            "kind": "loss",
+            "policy": name,
+            "length": length,
+            "edges": bucket_edges(length, width),
+            "nats": _by_bucket(nats, width),
+            "excess": _by_bucket(excess, width),
+            "mean": record.sample([float(x.mean()) for x in nats]),
+            "recall": None if None in recalls else record.sample(recalls),
+        }
+
     rows = []
-    for name, (model, policy) in policies.items():
+    for name in policies:
         for length in settings.lengths:
-            nats, excess, recalls = [], [], []
-            for tokens, reference in zip(windows, known, strict=True):
-                values, recall = window_nats(model, policy, tokens[:, : length + 1], batch)
-                nats.append(values)
-                excess.append(values - reference[:, :length])
-                recalls.append(recall)
-            rows.append(
-                {
-                    "kind": "loss",
-                    "policy": name,
-                    "length": length,
-                    "edges": bucket_edges(length, width),
-                    "nats": _by_bucket(nats, width),
-                    "excess": _by_bucket(excess, width),
-                    "mean": record.sample([float(x.mean()) for x in nats]),
-                    "recall": None if None in recalls else record.sample(recalls),
-                }
-            )
+            rows.append(kept.get(f"loss {name} {length}", lambda n=name, t=length: measured(n, t)))
             print(f"loss of {name} at {length}: {rows[-1]['mean']['mean']:.3f}", flush=True)
     return rows
 
@@ -161,14 +170,20 @@ def measure_tasks(
     encoder: PromptEncoder,
     sets: Sequence[TaskSet],
     trained: int,
+    kept: Journal,
 ) -> list[dict[str, Any]]:
     """A row per policy, task and length."""
     width = settings.bucket or max(1, trained // 4)
+
+    def measured(name: str, tasks: TaskSet) -> dict[str, Any]:
+        answerer = engine_answers(*policies[name], encoder, tasks.length, settings.batch)
+        return {"policy": name, **evaluate(tasks, answerer, width)}
+
     rows = []
-    for name, (model, policy) in policies.items():
+    for name in policies:
         for tasks in sets:
-            answerer = engine_answers(model, policy, encoder, tasks.length, settings.batch)
-            rows.append({"policy": name, **evaluate(tasks, answerer, width)})
+            piece = f"{tasks.task} {name} {tasks.length}"
+            rows.append(kept.get(piece, lambda n=name, t=tasks: measured(n, t)))
             accuracy = 100 * rows[-1]["accuracy"]["mean"]
             print(f"{tasks.task} of {name} at {tasks.length}: {accuracy:.1f}%", flush=True)
     return rows
@@ -179,26 +194,50 @@ def measure_attention(
     policies: dict[str, tuple[Model, Any]],
     encoder: PromptEncoder,
     sets: Sequence[TaskSet],
+    kept: Journal,
 ) -> list[dict[str, Any]]:
     """A row per policy, task whose evidence has a place, and length."""
+
+    def measured(name: str, tasks: TaskSet) -> dict[str, Any]:
+        return {"policy": name, **measure_set(*policies[name], encoder, tasks, settings.batch)}
+
     rows = []
-    for name, (model, policy) in policies.items():
+    for name in policies:
         for tasks in sets:
             if tasks.depths == (None,) or tasks.task in WITHOUT_EVIDENCE:
                 continue
-            row = measure_set(model, policy, encoder, tasks, settings.batch)
-            rows.append({"policy": name, **row})
-            best = 100 * row["best"]["mean"]
+            piece = f"attention {tasks.task} {name} {tasks.length}"
+            rows.append(kept.get(piece, lambda n=name, t=tasks: measured(n, t)))
+            best = 100 * rows[-1]["best"]["mean"]
             print(f"attention of {name} at {tasks.length}, {tasks.task}: {best:.1f}%", flush=True)
     return rows
 
 
-def run(settings: Settings) -> list[dict[str, Any]]:
+def open_journal(settings: Settings, path: str) -> Journal:
+    """Finished measurements, none without a path.
+
+    Policies and tasks may be added to a file later; anything else that a number depends on may not
+    differ, the commit included.
+
+    Raises:
+        ValueError, OSError: see :class:`train.journal.Journal`.
+    """
+    about = dataclasses.asdict(settings) | record.commit()
+    for name in ("policies", "tasks", "loss_threshold", "accuracy_threshold", "attention"):
+        del about[name]
+    return Journal(path or None, about)
+
+
+def run(settings: Settings, keep: str = "") -> list[dict[str, Any]]:
     """Everything, cheapest failures first.
+
+    Args:
+        keep: a file of finished measurements, with which an interrupted run goes on.
 
     Raises:
         ValueError: an unknown policy or task, lengths that a task or the text cannot have, or none
-            within the trained length.
+            within the trained length; a file of other measurements.
+        OSError: the file cannot be read or written.
     """
     model = load(settings.model)
     trained = trained_length(settings, model)
@@ -220,12 +259,13 @@ def run(settings: Settings) -> list[dict[str, Any]]:
             for task in settings.tasks
             for length in settings.lengths
         ]
+    kept = open_journal(settings, keep)
     rows: list[dict[str, Any]] = []
     if settings.windows:
-        rows = measure_loss(settings, model, policies, model.tokenizer.encode(text), trained)
-    rows += measure_tasks(settings, policies, encoder, sets, trained)
+        rows = measure_loss(settings, model, policies, model.tokenizer.encode(text), trained, kept)
+    rows += measure_tasks(settings, policies, encoder, sets, trained, kept)
     if settings.attention:
-        rows += measure_attention(settings, policies, encoder, sets)
+        rows += measure_attention(settings, policies, encoder, sets, kept)
     for name in names:
         summary = summarise(
             rows, name, trained, settings.loss_threshold, settings.accuracy_threshold
@@ -240,8 +280,8 @@ def main(_: Sequence[str]) -> None:
     settings = from_flags(Settings)
     try:
         lengths = tuple(sorted({int(n) for n in settings.lengths}))
-        rows = run(dataclasses.replace(settings, lengths=lengths))
-    except (ValueError, FileNotFoundError) as error:
+        rows = run(dataclasses.replace(settings, lengths=lengths), flags.FLAGS.keep)
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     print(show(rows))
     label = f"_{flags.FLAGS.label}" if flags.FLAGS.label else ""
@@ -270,6 +310,7 @@ def define_flags() -> None:
     flags.DEFINE_float("loss_threshold", 0.05, "Nats above the loss in range that still count.")
     flags.DEFINE_float("accuracy_threshold", 0.8, "Share of the accuracy in range that counts.")
     flags.DEFINE_bool("attention", False, "Attention on the evidence of the tasks, too.")
+    flags.DEFINE_string("keep", "", "File of finished measurements: an interrupted run goes on.")
     flags.DEFINE_string("label", "", "Ending of the result's name.")
     flags.DEFINE_string("out", "", "Folder of the result; default: the committed ones.")
 

@@ -196,6 +196,13 @@ def _shard_path(index: pathlib.Path, shard: str) -> pathlib.Path:
     return path
 
 
+def check_new(directory: str | pathlib.Path) -> None:
+    """Raise FileExistsError if the directory exists and is not empty."""
+    target = pathlib.Path(directory).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} is not empty: choose a new folder or remove it first.")
+
+
 @contextmanager
 def new_directory(directory: str | pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder to fill that appears under its name only when the block ends without an error.
@@ -205,8 +212,7 @@ def new_directory(directory: str | pathlib.Path) -> Iterator[pathlib.Path]:
         OSError: it cannot be written, as on a full disk or a read-only folder.
     """
     target = pathlib.Path(directory).absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} is not empty: choose a new folder or remove it first.")
+    check_new(target)
     scratch = target.with_name(f".{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -206,7 +206,16 @@ def test_the_whole_command(folder: pathlib.Path, model: Model, tmp_path: pathlib
     book.write_text("\n\n".join(f"Chapter {i}. {TEXT}" for i in range(60)))
     changes = {"lengths": (128, 192), "trained": 128, "text": str(book)}
     asked = settings(folder, policies=("yarn:4", other), attention=True, **changes)
-    rows = run(asked)
+    keep = str(tmp_path / "kept.jsonl")
+    run(dataclasses.replace(asked, policies=(other,), attention=False), keep)
+    with monkeypatch.context() as patched:  # what is kept is not measured again
+        patched.setattr(long_context, "in_range_nats", lambda *args: pytest.fail("measured"))
+        rows = run(asked, keep)
+        for name in ("window_nats", "evaluate", "measure_set"):
+            patched.setattr(long_context, name, lambda *args: pytest.fail("measured"))
+        assert run(asked, keep) == rows
+    with pytest.raises(ValueError, match="of another computation"):
+        run(dataclasses.replace(asked, count=2), keep)
     names = [row["policy"] for row in rows if row["kind"] == "summary"]
     assert names == ["dense", "window:128", "yarn:4", other]
     assert len([r for r in rows if r["kind"] == "loss"]) == 8

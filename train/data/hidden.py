@@ -7,6 +7,7 @@ manifest that names the target's weights by hash. Texts usually come from the ta
 
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from inference.engine import Engine
 from models import decoder
 from models.safetensors_io import new_directory
 from ops.sampling import SamplingParams
+from train.journal import Journal
 from train.run_folder import hash_file, hash_tree
 
 Split = Literal["train", "heldout"]
@@ -57,6 +59,7 @@ def generate_texts(
     batch: int = 16,
     eos: Sequence[int] = (),
     on_progress: Callable[[int, int], None] | None = None,
+    keep: str | pathlib.Path | None = None,
 ) -> list[Text]:
     """The target's own continuations of every prompt, one per temperature.
 
@@ -64,19 +67,39 @@ def generate_texts(
 
     Args:
         on_progress: called with texts done and texts in all.
+        keep: a file of finished batches, with which an interrupted call goes on.
+
+    Raises:
+        ValueError, OSError: a file of other texts, see :class:`train.journal.Journal`.
     """
-    texts = []
+    about = {}
+    if keep is not None:
+        given = json.dumps([[int(token) for token in prompt] for prompt in prompts])
+        about = {
+            "target": weights_hash(engine.params),
+            "prompts": hashlib.sha256(given.encode()).hexdigest(),
+            "max_new_tokens": max_new_tokens,
+            "temperatures": list(temperatures),
+            "batch": batch,
+            "eos": list(eos),
+        }
+    kept = Journal(keep, about)
+    texts: list[Text] = []
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     total = len(prompts) * len(temperatures)
     for temperature in temperatures:
         sampling = SamplingParams.make(temperature=temperature)
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
-            seeds = range(len(texts), len(texts) + len(chosen))
-            given = [prompts[i] for i in chosen]
-            new = engine.generate(
-                given, max_new_tokens, sampling=sampling, seeds=list(seeds), eos=eos
-            ).tokens
+            generate = functools.partial(
+                engine.generate,
+                [prompts[i] for i in chosen],
+                max_new_tokens,
+                sampling=sampling,
+                seeds=list(range(len(texts), len(texts) + len(chosen))),
+                eos=eos,
+            )
+            new = kept.get(f"texts from {len(texts)}", lambda make=generate: make().tokens)
             texts += [
                 Text([*prompts[i], *tokens], len(prompts[i]), i)
                 for i, tokens in zip(chosen, new, strict=True)

@@ -1,21 +1,25 @@
 """Labelled states for SpecDec++'s head: ``python -m research.speculative.specdec_pp.collect``.
 
 The target continues prompts at temperature 1, one text each; the draft model is then labelled on
-them. Prompts come from the sources that ``--prompts`` lists, see :mod:`train.data.prompts`.
+them. Prompts come from the sources that ``--prompts`` lists, see :mod:`train.data.prompts`. A run
+that was interrupted goes on when it is started again.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import flags
 
 from inference.drafters.draft_model import check_tokenizer
-from inference.engine import make_engine
 from models.load import Model, load
 from research.speculative.specdec_pp.dataset import MIX, write_acceptance
-from train.data.collect import show_progress
-from train.data.hidden import generate_texts
-from train.data.prompts import load_prompts
+from train.data.collect import (
+    chosen_prompts,
+    define_flags,
+    end,
+    own_texts,
+    run_command,
+    show_progress,
+)
 
 
 def collect(
@@ -34,49 +38,26 @@ def collect(
     Raises as :func:`research.speculative.specdec_pp.dataset.write_acceptance` does.
     """
     check_tokenizer(draft, target)
-    texts = generate_texts(
-        make_engine(target.params, target.cfg), prompts, max_new_tokens, (1.0,), batch,
-        target.tokenizer.end_ids, on_progress,
-    )  # fmt: skip
+    texts = own_texts(target, prompts, folder, max_new_tokens, (1.0,), batch, on_progress)
     write_acceptance(folder, target, draft, texts, mix, seed, batch)
-    return sum(len(text.tokens) for text in texts)
+    return end(folder, texts)
 
 
 def main() -> None:
-    """Define the flags, read them, generate, label and write; errors are one sentence."""
-    target = flags.DEFINE_string("target", None, "Target by name.", required=True)
-    draft = flags.DEFINE_string("draft", None, "Draft model by name.", required=True)
-    sources = flags.DEFINE_list(
-        "prompts", None, "python_stdlib, text:PATH, FILE.jsonl:FIELD, in turn.", required=True
-    )
-    chat = flags.DEFINE_bool("chat", False, "JSON lines are a user's turns in the chat template.")
-    count = flags.DEFINE_integer("count", 2048, "Prompts.", lower_bound=1)
-    length = flags.DEFINE_integer("prompt_tokens", 64, "Tokens of a prompt (at most, for files).")
-    new = flags.DEFINE_integer("max_new_tokens", 192, "Tokens to generate.", lower_bound=1)
-    batch = flags.DEFINE_integer("batch", 32, "Texts generated together.", lower_bound=1)
-    mix = flags.DEFINE_float("mix", MIX, "Share of the target's tokens in the mixed texts.")
-    seed = flags.DEFINE_integer("seed", 0, "Chooses prompts, draws and mixing.")
-    out = flags.DEFINE_string("out", None, "Folder to write.", required=True)
+    """Define the flags, read them, generate, label and write."""
+    define_flags(count=2048, prompt_tokens=64, max_new_tokens=192, batch=32)
+    flags.DEFINE_string("draft", None, "Draft model by name.", required=True)
+    flags.DEFINE_float("mix", MIX, "Share of the target's tokens in the mixed texts.")
 
-    def run(argv: Sequence[str]) -> None:
-        if len(argv) > 1:
-            raise app.UsageError(f"unexpected argument {argv[1]}: options start with --.")
-        try:
-            model = load(target.value)
-            prompts = load_prompts(
-                sources.value, "train", model.tokenizer, count.value, length.value, seed.value,
-                chat.value,
-            )  # fmt: skip
-            tokens = collect(
-                model, load(draft.value), prompts, out.value, new.value, mix.value, seed.value,
-                batch.value, show_progress(),
-            )  # fmt: skip
-            print(f"{tokens} tokens in {out.value}", file=sys.stderr)
-        except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
+    def work() -> int:
+        values = flags.FLAGS
+        target = load(values.target)
+        return collect(
+            target, load(values.draft), chosen_prompts(target), values.out, values.max_new_tokens,
+            values.mix, values.seed, values.batch, show_progress(),
+        )  # fmt: skip
 
-    app.run(run)
+    run_command(work)
 
 
 if __name__ == "__main__":
