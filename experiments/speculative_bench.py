@@ -32,6 +32,7 @@ from inference.drafters.lookup import LookupDrafter
 from inference.drafters.registry import make_drafter
 from inference.engine import Engine, make_engine
 from inference.tuning import WIDTHS, pass_seconds, tuned
+from models.layout import by_rows, for_decoding
 from models.load import Model, load
 from ops.sampling import SamplingParams
 from train.data.prompts import load_prompts
@@ -95,7 +96,7 @@ def make_sides(
         if kind == "tuned":
             prompts = [p for ps in categories(settings, model, "train").values() for p in ps[:4]]
             drafter = tuned(model, drafter, params, prompts, seconds, batch=batch)
-        sides[name] = drafter, params
+        sides[name] = drafter, by_rows(params)
     return sides
 
 
@@ -202,6 +203,7 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     model = load(settings.model)
     prompts = categories(settings, model, "test")
     peers = Peers(model, settings.assistant) if settings.peers else None
+    model = for_decoding(model)
     seconds = pass_seconds(model, WIDTHS)
     rows: list[dict[str, Any]] = [
         {"kind": "cost", "width": w, "seconds": seconds[w], "ratio": seconds[w] / seconds[1]}

@@ -14,6 +14,7 @@ from absl import flags
 from inference.drafters.registry import DRAFTERS, check_name, make_drafter
 from inference.engine import Engine, Generation, make_engine
 from inference.policies.registry import POLICIES, check_policy, make_policy
+from models.layout import by_rows, for_decoding
 from models.load import Model, load
 from models.tokenizer import Tokenizer
 from ops.sampling import SamplingParams
@@ -143,11 +144,12 @@ def run(values: flags.FlagValues, write: Callable[[str], None]) -> str:
     model: Model = load(values.model)
     prompt = model.tokenizer.encode_prompt(text, values.chat)
     drafter, params = make_drafter(values.drafter, model)
+    model = for_decoding(model)
     engine = make_engine(
         model.params,
         model.cfg,
         drafter=drafter,
-        drafter_params=params,
+        drafter_params=by_rows(params),
         policy=None if values.policy is None else make_policy(values.policy, model.cfg),
         context_limit=values.context_limit,
     )

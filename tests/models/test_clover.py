@@ -7,40 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
-from jaxtyping import Array
 
 from models import clover, decoder, params
 from models.draft_head import draft_logits, draft_vocabulary, frequent_tokens, head_rows, spread
 from models.layers import Linear
 from ops.tree import EAGLE_25, tree_from_paths
-from ops.weights import Weight, WeightLeaf
+from ops.weights import Transposed
 from tests.inference.models import config, weights
 
 TARGET = config(tied=False)
 CFG = clover.CloverConfig(num_heads=3, num_layers=1)
 T = 9
-
-
-@struct.dataclass
-class OutputMajor(WeightLeaf):
-    """A codec that only turns the matrix round."""
-
-    rows: Weight  # (out, in)
-
-    def matmul(self, x: Array, transpose: bool) -> Array:
-        return jax.lax.dot_general(
-            x, self.rows, (((x.ndim - 1,), (0 if transpose else 1,)), ((), ()))
-        )
-
-    def take(self, ids: Array) -> Array:
-        return jnp.moveaxis(jnp.take(self.rows, ids, axis=1), 0, -1)
-
-    def nbits(self) -> int:
-        return 8 * self.rows.nbytes
-
-    def nbytes(self) -> int:
-        return self.rows.nbytes
 
 
 def inputs(key: int = 0) -> tuple[jax.Array, jax.Array]:
@@ -196,7 +173,7 @@ def test_draft_vocabulary() -> None:
         assert law.shape == full.shape
         np.testing.assert_allclose(law[..., [2, 7, 19]], jax.nn.softmax(part), atol=1e-7)
         if p.head is not None:
-            coded = p.replace(head=OutputMajor(p.head.T))
+            coded = p.replace(head=Transposed(p.head.T))
             np.testing.assert_allclose(
                 head_rows(coded, target, jnp.asarray(ids)), head_rows(p, target, jnp.asarray(ids)),
                 atol=1e-6,
