@@ -27,5 +27,6 @@ def from_flags(settings: type[Settings]) -> Settings:
     for field in dataclasses.fields(settings):  # pyright: ignore[reportArgumentType]
         value = getattr(flags.FLAGS, field.name)
         given[field.name] = tuple(value) if isinstance(value, list) else value
-    given["seeds"] = tuple(int(seed) for seed in given["seeds"])
+    if "seeds" in given:
+        given["seeds"] = tuple(int(seed) for seed in given["seeds"])
     return settings(**given)

@@ -182,7 +182,6 @@ def batched(settings: Settings, model: Model, prompts: Sequence[Any]) -> list[di
         rows += [
             {
                 "kind": "batch", "drafter": name, "batch": batch,
-                "width": sides[name][0].width,
                 "tokens_per_second": record.sample(rates[name]),
                 "speedup": record.sample(
                     [a / b for a, b in zip(rates[name], rates["none"], strict=True)]

@@ -83,7 +83,8 @@ def times_rows(
     """
     count, (outer, inner) = math.prod(x.shape[:-1]), rows.shape
     parts = math.gcd(outer, PARTS)
-    if not 1 < count <= FEW or parts == 1 or target_platform() != "cpu":
+    few = isinstance(count, int) and 1 < count <= FEW  # an exported program's sizes may be symbols
+    if not few or parts == 1 or target_platform() != "cpu":
         return _product(x, rows, 1)
     split = rows.reshape(parts, outer // parts, inner)
     found = jnp.einsum("mi,koi->kmo", x.reshape(count, inner), split)

@@ -190,6 +190,7 @@ def figures(result: str, kinds: Sequence[str] = ("loss", "task")) -> tuple[Figur
 METHODS = "context_methods"
 ATTENTION = "long_context_records_11m_attention"
 SMOLLM2 = "long_context_smollm2_135m_smollm2_loss"
+SMOLLM2_32K = "long_context_smollm2_135m_32k"
 BASELINES = ("dense", "window")
 GIRAFFE = (
     *BASELINES, "linear 4", "power 0.1", "power 0.5", "truncated", "rope, tuned", "window, tuned",
@@ -222,9 +223,14 @@ TABLES = (
     *tables("methods", METHODS),
     *tables("records", ATTENTION, ("attention",)),
     *tables("smollm2", SMOLLM2, ("loss",)),
+    *tables("smollm2-32k", SMOLLM2_32K, ("loss",)),
     Statements("context-statements", PAGE, METHODS),
     *pages("giraffe", GIRAFFE, context_statements.GIRAFFE, ("lines-short",)),
     *pages("clex", CLEX, context_statements.CLEX, ()),
     *pages("qwen25_1m", QWEN, context_statements.QWEN, ("lines-short", "passkey-short")),
 )
-FIGURES = (*figures(METHODS), *figures(SMOLLM2, ("loss",)))
+FIGURES = (
+    *figures(METHODS),
+    *figures(SMOLLM2, ("loss",)),
+    *figures(SMOLLM2_32K, ("loss",)),
+)

@@ -17,6 +17,8 @@ NAMES = {
     "lookup": "prompt lookup",
     "recycling": "Token Recycling",
     "clover:smollm2-135m-clover": "Clover-2",
+    "medusa:smollm2-135m-medusa": "Medusa",
+    "swift": "SWIFT",
 }
 
 
@@ -47,13 +49,20 @@ def side_row(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def nodes(row: dict[str, Any]) -> str:
+    """The most nodes of a draft; of prompt lookup also its lengths, if they differ."""
+    lengths = row.get("lengths") or ()
+    differ = len(set(lengths)) > 1
+    return f"{row['width']}" + (f" ({', '.join(map(str, lengths))})" if differ else "")
+
+
 def summary_row(row: dict[str, Any]) -> tuple[str, ...]:
     """Cells of a drafter over all categories, greedily."""
     exact = row["exactness"]
     fine = exact["differing"] == exact["near_ties"]
     return (
         label(row["method"]),
-        str(row["width"]),
+        nodes(row),
         f"{row['tokens_per_pass']:.2f}",
         f"{row['draft_cost']:.3f}",
         *(f"{row['modelled'][f'{c:g}']:.2f}x" for c in RATIOS),
@@ -67,6 +76,12 @@ def summary_row(row: dict[str, Any]) -> tuple[str, ...]:
 def cost_row(row: dict[str, Any]) -> tuple[str, ...]:
     """Cells of the cost of a pass."""
     return (str(row["width"]), f"{1000 * row['seconds']:.1f}", f"{row['ratio']:.2f}")
+
+
+def layout_row(row: dict[str, Any]) -> tuple[str, ...]:
+    """Cells of the two layouts of matrices at one width."""
+    plain, rows = ({k: 1000 * row[n][k] for k in ("mean", "spread")} for n in ("plain", "rows"))
+    return (str(row["width"]), number(plain, 1), number(rows, 1), number(row["speedup"]) + "x")
 
 
 def batch_row(row: dict[str, Any]) -> tuple[str, ...]:
@@ -134,6 +149,13 @@ TABLES: tuple[Rendered, ...] = (
     Statements("bench-statements", PAGE, SMOLLM2),
     Table("bench-sides", PAGE, SMOLLM2, SIDE_HEADER, side_row, kind("side")),
     Table("bench-cost", PAGE, SMOLLM2, COST_HEADER, cost_row, kind("cost")),
+    Table(
+        "bench-layout",
+        PAGE,
+        "bench_layout",
+        ("tokens of a pass", "ms, plain", "ms, by rows", "plain over rows"),
+        layout_row,
+    ),
     Table(
         "bench-batch",
         PAGE,

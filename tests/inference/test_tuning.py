@@ -107,9 +107,9 @@ def test_what_is_replayed_is_what_decoding_does():
 
 def test_a_tuned_lookup_has_a_pass_for_each_of_its_drafts(monkeypatch: pytest.MonkeyPatch):
     model = Model(weights(config()), config(), letters(VOCAB), "tiny")
-    monkeypatch.setattr(tuning, "lookup_lengths", lambda *_: (7, 7, 2, 0))
+    monkeypatch.setattr(tuning, "lookup_lengths", lambda *_: (7, 2, 0))
     chosen = tuned(model, LookupDrafter(), None, [[1]], FLAT, 4)
-    assert chosen == LookupDrafter((7, 7, 2, 0), (5, 4, 3, 2), widths=(1, 3))
+    assert chosen == LookupDrafter((7, 2, 0), (4, 3, 2), widths=(1, 3))
 
 
 def test_a_draft_model_gets_the_length_that_its_passes_pay_for(monkeypatch: pytest.MonkeyPatch):
