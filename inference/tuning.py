@@ -26,8 +26,9 @@ WIDTHS = (1, 2, 4, 8, 16, 32)
 LONGEST_CHAIN = 8
 """Tokens up to which a draft model's length is chosen."""
 LOOKUP_NGRAMS, LOOKUP_LENGTHS = (4, 3, 2), (0, 1, 2, 3, 4, 5, 7, 10, 15)
-"""N-gram sizes of a tuned prompt lookup, and the lengths that each one's is chosen from. Every other
-length is one more pass to compile."""
+"""N-gram sizes of a tuned prompt lookup, and the lengths that each one's is chosen from.
+
+Every length that differs is one more pass to compile."""
 
 
 def round_seconds(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int) -> float:

@@ -21,10 +21,10 @@ def for_decoding(model: Model) -> Model:
 def by_rows(tree: Any) -> Any:
     """Weights with every matrix of a :class:`~models.layers.Linear` kept as ``(out, in)``.
 
-    On a CPU a pass over 2 to about 64 tokens, such as one that verifies a draft, then takes a tenth to
-    a sixth less; a pass over one token takes what it took (``experiments.bench_layout``). Stacked layers, matrices that a codec
-    holds, and everything on another platform stay as they are. Only for decoding on one device:
-    training, export and sharding want plain matrices.
+    On a CPU a pass over 2 to about 64 tokens, such as one that verifies a draft, then takes a tenth
+    to a sixth less; a pass over one token takes what it took (``experiments.bench_layout``).
+    Stacked layers, matrices that a codec holds, and everything on another platform stay as they
+    are. Only for decoding on one device: training, export and sharding want plain matrices.
 
     Args:
         tree: of a decoder whose layers are unstacked (:func:`models.decoder.unstack`), or of a
