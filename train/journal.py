@@ -35,7 +35,7 @@ class Journal:
             return
         whole = self.path.read_bytes()
         ended = whole[: whole.rfind(b"\n") + 1]
-        if not ended:  # cut off in its first line
+        if not ended and json.dumps(head).encode().startswith(whole):  # cut off in its first line
             self.path.write_bytes(b"")
             self._append(head)
             return
@@ -43,7 +43,7 @@ class Journal:
             found, *pieces = [json.loads(line) for line in ended.splitlines()]
             self.pieces = {piece["name"]: piece["value"] for piece in pieces}
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{self.path} is damaged: delete it and begin anew.") from error
+            raise ValueError(f"{self.path} is damaged: delete it and begin anew, or name another.") from error
         if found != head:
             raise ValueError(
                 f"{self.path} holds pieces of another computation: give the settings that it was "

@@ -63,3 +63,11 @@ def test_another_computation_and_damage_are_refused(path: pathlib.Path) -> None:
     path.write_bytes(b"".join([lines[0], b"{\n", *lines[1:]]))
     with pytest.raises(ValueError, match="is damaged: delete it"):
         Journal(path, ABOUT)
+
+
+def test_a_file_that_is_no_journal_is_left_as_it_is(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("one line without an end")
+    with pytest.raises(ValueError, match="is damaged: delete it"):
+        Journal(path, ABOUT)
+    assert path.read_text() == "one line without an end"
