@@ -17,7 +17,7 @@ from experiments import record
 from experiments.settings import from_flags
 from inference.drafter import NoDrafter
 from inference.engine import make_engine
-from inference.tuning import WIDTHS, round_seconds
+from inference.tuning import WIDTHS, seconds_in_turn
 from models.layout import for_decoding
 from models.load import Model, load
 
@@ -41,12 +41,8 @@ def measure(model: Model, new_tokens: int, repeats: int) -> list[dict[str, Any]]
             name: make_engine(laid_out.params, model.cfg, drafter=NoDrafter(width))
             for name, laid_out in layouts.items()
         }
-        seconds: dict[str, list[float]] = {name: [] for name in engines}
         load_before = os.getloadavg()
-        for repeat in range(repeats + 1):  # the first time is the compiler's
-            for name in engines if repeat % 2 else reversed(engines):
-                taken = round_seconds(engines[name], prompts, new_tokens)
-                seconds[name] += [taken] if repeat else []
+        seconds = seconds_in_turn(engines, prompts, new_tokens, repeats)
         ratios = [a / b for a, b in zip(seconds["plain"], seconds["rows"], strict=True)]
         samples = {name: record.sample(values) for name, values in seconds.items()}
         rows.append({"width": width, **samples, "speedup": record.sample(ratios)})

@@ -57,12 +57,23 @@ def pass_seconds(
     engines = {
         width: make_engine(model.params, model.cfg, drafter=NoDrafter(width)) for width in widths
     }
-    taken: dict[int, list[float]] = {width: [] for width in widths}
-    for repeat in range(repeats + 1):  # the first time is the compiler's
-        for width, engine in engines.items():
-            seconds = round_seconds(engine, prompts, tokens)
-            taken[width] += [seconds] if repeat else []
+    taken = seconds_in_turn(engines, prompts, tokens, repeats)
     return {width: float(np.median(times)) for width, times in taken.items()}
+
+
+def seconds_in_turn(
+    engines: Mapping[Any, Engine], prompts: Sequence[Sequence[int]], tokens: int, repeats: int
+) -> dict[Any, list[float]]:
+    """Seconds of ``repeats`` rounds of each engine, by its name.
+
+    Engines take turns, so that a drifting machine hits all of them; every other turn is reversed.
+    """
+    taken: dict[Any, list[float]] = {name: [] for name in engines}
+    for repeat in range(repeats + 1):  # the first time is the compiler's
+        for name in engines if repeat % 2 else reversed(list(engines)):
+            seconds = round_seconds(engines[name], prompts, tokens)
+            taken[name] += [seconds] if repeat else []
+    return taken
 
 
 def best_count(

@@ -43,7 +43,9 @@ class Journal:
             found, *pieces = [json.loads(line) for line in ended.splitlines()]
             self.pieces = {piece["name"]: piece["value"] for piece in pieces}
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{self.path} is damaged: delete it and begin anew, or name another.") from error
+            raise ValueError(
+                f"{self.path} is damaged: delete it and begin anew, or name another."
+            ) from error
         if found != head:
             raise ValueError(
                 f"{self.path} holds pieces of another computation: give the settings that it was "

@@ -15,7 +15,7 @@ def test_both_layouts_are_timed_in_turn(monkeypatch) -> None:
         seen.append((engine.drafter.width, turned))
         return 1.0 if turned else 1.5
 
-    monkeypatch.setattr("experiments.bench_layout.round_seconds", timed)
+    monkeypatch.setattr("inference.tuning.round_seconds", timed)
     model = Model(weights(config()), config(), letters(VOCAB), "tiny")
     rows = measure(model, 8, repeats=2)
     assert [row["width"] for row in rows] == list(WIDTHS)
