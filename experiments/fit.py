@@ -169,6 +169,7 @@ def abstract(
         width = decoder.default_policy(cfg).key_width(cfg)
         return State(
             tokens=jnp.zeros((rows, length), jnp.int32),
+            begin=zeros,
             length=zeros,
             limit=zeros,
             done=jnp.zeros(rows, bool),

@@ -163,9 +163,13 @@ def timed(
     new_tokens: int,
     sampling: SamplingParams,
     eos: Sequence[int],
+    capacity: int | None = None,
 ) -> tuple[float, State]:
-    """Seconds of decoding a batch, prefill not counted, and the loop's last state."""
-    state, seeds = engine.start(prompts, new_tokens, sampling)
+    """Seconds of decoding a batch, prefill not counted, and the loop's last state.
+
+    Batches with the same ``capacity`` (slots per row) share their programs.
+    """
+    state, seeds = engine.start(prompts, new_tokens, sampling, capacity=capacity)
     jax.block_until_ready(state)
     start = time.perf_counter()
     state = jax.block_until_ready(engine.run(state, seeds, sampling, eos))

@@ -168,7 +168,9 @@ def search_offline(passages: Passages, ratio: float, iterations: int) -> Searche
     request = Request(state.tokens, passages.begin, passages.begin, greedy)
     nothing = TargetOutputs(tokens=None)
     search = drafter.init(params, passages.target, request, nothing, state.cache.capacity)
-    context = Context(state.tokens, state.length, passages.begin, greedy, state.limit)
+    context = Context(
+        state.tokens, state.length, passages.begin, greedy, state.limit, begin=passages.begin
+    )
     for _ in range(iterations):
         search = dataclasses.replace(search, rounds=jnp.ones((), jnp.int32))
         search = drafter.tune(params, search, passages.target, state.cache, context)

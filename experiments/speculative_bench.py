@@ -30,7 +30,7 @@ from experiments.statements import Statement, value
 from inference.drafter import NoDrafter
 from inference.drafters.lookup import LookupDrafter
 from inference.drafters.registry import make_drafter
-from inference.engine import Engine, make_engine
+from inference.engine import Engine, bucket, make_engine
 from inference.tuning import WIDTHS, pass_seconds, tuned
 from models.layout import by_rows, for_decoding
 from models.load import Model, load
@@ -93,10 +93,11 @@ def make_sides(
     for name in settings.drafters:
         kind, _, wanted = name.partition(":")
         drafter, params = make_drafter(wanted if kind == "tuned" else name, model)
+        params = by_rows(params)
         if kind == "tuned":
             prompts = [p for ps in categories(settings, model, "train").values() for p in ps[:4]]
             drafter = tuned(model, drafter, params, prompts, seconds, batch=batch)
-        sides[name] = drafter, by_rows(params)
+        sides[name] = drafter, params
     return sides
 
 
@@ -111,6 +112,9 @@ def decode_category(
     """Tokens per second of every side at batch 1, in turn, and the counters of ours."""
     sampling, eos = SamplingParams.make(temperature), model.tokenizer.end_ids
     names = [*engines, *(peers.sides if peers is not None and temperature == 0 else ())]
+    # One for all prompts, or every length of a prompt would be compiled for.
+    widest = max(engine.drafter.width for engine in engines.values())
+    capacity = bucket(bucket(settings.prompt_tokens) + settings.new_tokens + widest)
     rates: dict[str, list[float]] = {name: [] for name in names}
     rows: dict[str, dict[str, Any]] = {name: {} for name in names}
     for repeat in range(settings.repeats + 1):  # the first time is the compiler's
@@ -119,7 +123,7 @@ def decode_category(
             for prompt in prompts:
                 if name in engines:
                     taken, state = measure.timed(
-                        engines[name], [prompt], settings.new_tokens, sampling, eos
+                        engines[name], [prompt], settings.new_tokens, sampling, eos, capacity
                     )
                     states.append(state)
                     made = int(state.stats.emitted[0])

@@ -125,7 +125,7 @@ class Batching:
             )
         self.counters = Counters()
         self._eos = tuple(int(x) for x in eos)
-        self._rounds = jnp.asarray(rounds_per_call, jnp.int32)
+        self._rounds = rounds_per_call
         self._rows: list[_Row | None] = [None] * rows
         self._order: list[int] = []  # occupied rows, the earliest job first
         self._queue: collections.deque[tuple[int, Job]] = collections.deque()
@@ -274,12 +274,14 @@ class Batching:
         """Some rounds of the chosen rows, of the whole pool if the scheduler does not choose."""
         engine = self.engine
         rule = engine.verification(self._uses["sampled"])
+        untuned = engine.rounds_to_tuning(self._state)
         rows = list(range(len(self._rows)))
         if self.scheduler.batch is not None:
             # Always as many rows: where fewer are unfinished, free ones fill up.
             others = [slot for slot in rows if slot not in slots]
             rows = [*slots, *others[: self.scheduler.batch - len(slots)]]
         policy = decoder.default_policy(engine.cfg) if engine.policy is None else engine.policy
+        eos = jnp.asarray(np.asarray(self._eos, np.int32).reshape(-1))
         self._state = _decode_rows(
             engine.params,
             engine.cfg,
@@ -290,12 +292,17 @@ class Batching:
             None if self.scheduler.batch is None else jnp.asarray(rows, jnp.int32),
             jnp.asarray(self._seeds[rows]),
             self._sampling(rows),
-            jnp.asarray(np.asarray(self._eos, np.int32).reshape(-1)),
-            self._rounds,
+            eos,
+            jnp.asarray(min(self._rounds, untuned or self._rounds), jnp.int32),
             extent=extent,
             rule=rule,
             widths=engine.narrower(),
         )
+        if untuned:
+            everyone = range(len(self._rows))
+            self._state = engine.tuned(
+                self._state, jnp.asarray(self._seeds), self._sampling(everyone), eos
+            )
 
     def _collect(self, slots: Sequence[int]) -> None:
         """Hand out new tokens of these rows and free those whose texts have ended."""

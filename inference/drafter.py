@@ -187,6 +187,7 @@ class Context:
     eos: Any = None  # (e,) int32, ids that end a row; None: none does
     extent: int | None = struct.field(pytree_node=False, default=None)  # slots that hold all text
     done: Any = None  # (b,) bool: rows that need no draft any more; None: all do
+    begin: Any = None  # (b,) int32, length of the prompt; None: not known
 
 
 def prompt_needs(drafter: Drafter) -> frozenset[str]:

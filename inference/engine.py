@@ -198,7 +198,8 @@ class Engine:
         )
         state = State(
             tokens=jnp.asarray(tokens),
-            length=jnp.asarray(lengths),
+            begin=jnp.asarray(lengths),
+            length=jnp.array(lengths),
             limit=limit,
             done=jnp.asarray(limits == lengths),
             cache=cache,
@@ -230,7 +231,7 @@ class Engine:
             if done.all():
                 return state
             needed = int(length[~done].max()) + self.drafter.width
-            untuned = self._rounds_to_tuning(state)
+            untuned = self.rounds_to_tuning(state)
             state = decode_rounds(
                 self.params,
                 self.cfg,
@@ -247,7 +248,7 @@ class Engine:
                 widths=self.narrower(),
             )
             if untuned:
-                state = self._tuned(state, policy, seeds, sampling, eos_array)
+                state = self.tuned(state, seeds, sampling, eos_array)
             if after_call is not None:
                 after_call(state)
 
@@ -264,19 +265,23 @@ class Engine:
         lengths = jnp.asarray([len(draft) for draft in drafts], jnp.int32)
         return DraftPrompts(jnp.asarray(tokens), lengths, capacity)
 
-    def _rounds_to_tuning(self, state: State) -> int:
+    def rounds_to_tuning(self, state: State) -> int:
         """See :class:`inference.drafter.Tuned`; 0 for a drafter that is not tuned."""
         drafter = self.drafter
         if not isinstance(drafter, Tuned):
             return 0
         return drafter.rounds_to_tuning(self.drafter_params, state.drafter)
 
-    def _tuned(
-        self, state: State, policy: Any, seeds: jax.Array, sampling: SamplingParams, eos: jax.Array
+    def tuned(
+        self, state: State, seeds: jax.Array, sampling: SamplingParams, eos: jax.Array
     ) -> State:
-        """The state after the drafter's turn on the host."""
+        """The state after the drafter's turn on the host, for a drafter that is tuned."""
         drafter: Any = self.drafter
-        context = Context(state.tokens, state.length, seeds, sampling, state.limit, eos)
+        policy = decoder.default_policy(self.cfg) if self.policy is None else self.policy
+        context = Context(
+            state.tokens, state.length, seeds, sampling, state.limit, eos, done=state.done,
+            begin=state.begin,
+        )  # fmt: skip
         target = Target(self.params, self.cfg, policy)
         tuned = drafter.tune(self.drafter_params, state.drafter, target, state.cache, context)
         return dataclasses.replace(state, drafter=tuned)

@@ -52,6 +52,7 @@ class State:
     """
 
     tokens: Any  # (b, l) int32
+    begin: Any  # (b,) int32, length of the prompt
     length: Any  # (b,) int32
     limit: Any  # (b,) int32, final length at most
     done: Any  # (b,) bool
@@ -315,8 +316,9 @@ def propose(
     """The first step of a round: the draft, the drafter's new state, the target's cache."""
     root = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
     context = Context(
-        state.tokens, state.length, seeds, sampling, state.limit, eos, extent, state.done
-    )
+        state.tokens, state.length, seeds, sampling, state.limit, eos, extent, state.done,
+        state.begin,
+    )  # fmt: skip
     return drafter.propose(
         drafter_params, state.drafter, Target(params, cfg, policy), state.cache, root, context
     )

@@ -116,9 +116,10 @@ def decode_lowering(mesh: Mesh, drafter: Any) -> tuple[Any, Any]:
     def start() -> State:
         zeros = jnp.zeros(rows, jnp.int32)
         return State(
-            tokens=jnp.zeros((rows, slots), jnp.int32), length=zeros, limit=zeros,
-            done=jnp.zeros(rows, bool), cache=init_cache(cfg, rows, slots, jnp.bfloat16),
-            drafter=None, stats=init_stats(rows, drafter.max_depth, drafter.width),
+            tokens=jnp.zeros((rows, slots), jnp.int32), begin=zeros, length=zeros,
+            limit=zeros, done=jnp.zeros(rows, bool), drafter=None,
+            cache=init_cache(cfg, rows, slots, jnp.bfloat16),
+            stats=init_stats(rows, drafter.max_depth, drafter.width),
         )  # fmt: skip
 
     state = jax.eval_shape(start)

@@ -60,10 +60,9 @@ class Controls:
 
 @struct.dataclass
 class SwiftState:
-    """The search, which all rows and calls share, and what belongs to this call."""
+    """The search, which all rows and calls share, and the rounds of this call."""
 
     search: Search
-    prompt_lengths: Any  # (b,) int32
     rounds: Any  # int32, of this call
 
 
@@ -153,7 +152,7 @@ class SwiftDrafter:
                 f"the search had {search.points.shape} points and this model and drafter have "
                 f"{(self.max_iterations + 1, candidates(layers))}: start without its state."
             )
-        return SwiftState(search, request.lengths, jnp.zeros((), jnp.int32))
+        return SwiftState(search, jnp.zeros((), jnp.int32))
 
     def propose(
         self,
@@ -223,7 +222,7 @@ class SwiftDrafter:
 
         Rows with enough new tokens judge the set together, by the mean of their scores.
         """
-        length, prompt = np.asarray(context.length), np.asarray(state.prompt_lengths)
+        length, prompt = np.asarray(context.length), np.asarray(context.begin)
         counted = length - prompt > self.context_window + 1
         due = (int(state.rounds) - 1) % int(params.search_every) == 0
         if not (due and counted.any() and bool(state.search.active)):

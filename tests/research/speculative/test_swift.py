@@ -41,6 +41,7 @@ SMALL = {"max_steps": 6, "max_nodes": 16, "context_window": 4}
 
 
 NO_PROMPT = TargetOutputs(tokens=None)
+LENGTHS, LIMITS = (3, 5, 4, 9), (64, 64, 7, 64)
 
 
 def request_of(lengths: Any, memory: Any = None) -> Request:
@@ -87,18 +88,16 @@ def test_without_skipping_every_draft_is_accepted(sampling):
 def proposed(threshold: float, **settings: Any) -> tuple[Any, Any, Any]:
     """One draft of every prompt, the cache before and the cache after."""
     drafter, params = swift(CFG, controls={"stop_threshold": threshold}, **(SMALL | settings))
-    texts = prompts(3, 5, 4, 9)
+    texts = prompts(*LENGTHS)
     cache = prefilled(weights(CFG), CFG, texts, capacity=64)
     target = Target(weights(CFG), CFG, decoder.default_policy(CFG))
 
     @jax.jit
     def one(params: Any, cache: Any) -> Any:
-        state = drafter.init(params, target, request_of([3, 5, 4, 9]), NO_PROMPT, 64)
+        state = drafter.init(params, target, request_of(LENGTHS), NO_PROMPT, 64)
         root = jnp.asarray([text[-1] for text in texts], jnp.int32)
         tokens = jnp.zeros((4, 64), jnp.int32)
-        context = Context(
-            tokens, jnp.asarray([3, 5, 4, 9]), jnp.arange(4), GREEDY, jnp.asarray([64, 64, 7, 64])
-        )
+        context = Context(tokens, jnp.asarray(LENGTHS), jnp.arange(4), GREEDY, jnp.asarray(LIMITS))
         draft, _, after = drafter.propose(params, state, target, cache, root, context)
         return draft, after
 
@@ -141,11 +140,7 @@ def test_every_drafted_step_but_the_last_was_sure():
         np.testing.assert_array_equal(laws[row, :count].argmax(-1), tokens[row, 1 : count + 1])
         sure = laws[row, :count].max(-1)
         assert np.all(sure[:-1] >= threshold)
-        assert (
-            sure[-1] < threshold
-            or count == 6
-            or lengths[row] + count + 1 >= (7 if row == 2 else 64)
-        )
+        assert sure[-1] < threshold or count == 6 or LENGTHS[row] + count + 1 >= LIMITS[row]
     assert len(set(counts.tolist())) > 1
 
 
@@ -226,7 +221,7 @@ def test_a_search_step_judges_the_window_it_should(context, monkeypatch):
         lambda *args: seen.update(begin=np.asarray(args[3])) or jnp.asarray([0.5, 0.25, 1, 1]),
     )
     length = prompt + jnp.asarray([6, 9, 5, 1])  # rows 2 and 3 have not more than five
-    context_ = Context(tokens, length, prompt, GREEDY, prompt + NEW)
+    context_ = Context(tokens, length, prompt, GREEDY, prompt + NEW, begin=prompt)
     target = Target(weights(CFG), CFG, None)
     state = dataclasses.replace(state, rounds=jnp.asarray(1))
     after = drafter.tune(params, state, target, cache, context_)
