@@ -3,8 +3,8 @@
     python -m experiments.batch_speculation --model=python-5m --draft_model=python-1m
 
 Prompts of mixed lengths with answers of mixed lengths, greedy, through static batches (a batch
-waits for its slowest row), a pool that is filled again as rows end, and EXSPEC's grouping by
-length. What the paper's padded form would copy to realign its cache is counted beside it; the
+waits for its slowest row), a pool that is filled again as rows end, EXSPEC's grouping by length,
+and static batches in the paper's padded form, whose cache is realigned after every round; the
 ragged cache copies nothing. What must hold is answered by :mod:`experiments.batch_statements`.
 """
 
@@ -12,7 +12,7 @@ import dataclasses
 import os
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,11 +35,12 @@ from research.speculative.batch_spec.equivalence import (
     compare,
     reference,
 )
-from research.speculative.batch_spec.padded import FAULTS, PaddedDecoder, realign_padding
+from research.speculative.batch_spec.padded import FAULTS, Fault, PaddedDecoder
 from train.data.prompts import load_prompts
 
-KINDS = ("plain", "static", "pool", "exspec")
-"""Plain decoding and speculation in static batches; speculation in a pool, and by EXSPEC."""
+KINDS = ("plain", "realigned", "static", "pool", "exspec")
+"""Plain decoding in static batches; speculation in padded ones and in ragged ones; speculation in a
+pool, and by EXSPEC."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Work:
     new: list[int]
     plain: Engine
     speculative: Engine
+    padded: PaddedDecoder
     eos: tuple[int, ...]
 
     @property
@@ -86,6 +88,8 @@ class Decoded:
     seconds: float
     grouping_rate: float = 0.0
     slots_read: int = 0
+    copied: int = 0  # bytes
+    realigning: float = 0.0  # seconds
 
 
 def make_work(settings: Settings, model: Model, draft: Model, seed: int) -> Work:
@@ -98,12 +102,20 @@ def make_work(settings: Settings, model: Model, draft: Model, seed: int) -> Work
     new = rng.integers(settings.new_tokens // 4, settings.new_tokens + 1, settings.count)
     drafter, params = draft_model(model.cfg, draft.params, draft.cfg, settings.k, sampled=False)
     plain = make_engine(model.params, model.cfg)
+    eos = tuple(model.tokenizer.end_ids)
+    if len(eos) > 1:
+        raise ValueError(f"the padded form knows one end token, and the model has {len(eos)}.")
+    padded = PaddedDecoder(
+        plain.params, model.cfg, decoder.unstack(draft.params), draft.cfg, settings.k,
+        eos=eos[0] if eos else None,
+    )  # fmt: skip
     return Work(
         [p[:n] for p, n in zip(whole, sizes.tolist(), strict=True)],
         new.tolist(),
         plain,
         dataclasses.replace(plain, drafter=drafter, drafter_params=params),
-        tuple(model.tokenizer.end_ids),
+        padded,
+        eos,
     )
 
 
@@ -121,6 +133,28 @@ def decode_static(engine: Engine, work: Work, batch: int) -> Decoded:
         forwards += pool.counters.forwards
         slots += pool.counters.slots_read
     return Decoded(texts, forwards, time.perf_counter() - begin, slots_read=slots)
+
+
+def decode_realigned(work: Work, batch: int) -> Decoded:
+    """Static batches in the padded form; as many slots in each, so that few programs are compiled.
+
+    A round in which all rows of a batch grow alike moves no padding and copies nothing.
+    """
+    slots = bucket(max(map(len, work.prompts)) + max(work.new) + work.padded.k + 1)
+    texts, rounds, copied, begin = [], [], 0, time.perf_counter()
+    for start in range(0, len(work.prompts), batch):
+        here = slice(start, start + batch)
+        prompts = work.prompts[here]
+        new, took = work.padded.generate(prompts, work.new[here], slots)
+        texts, rounds = [*texts, *new], [*rounds, *took]
+        copied += sum(
+            work.padded.bytes_per_realignment(len(prompts), r.length[1]) for r in took if r.moved
+        )
+    seconds = time.perf_counter() - begin
+    return Decoded(
+        texts, len(rounds), seconds, slots_read=slots * len(rounds), copied=copied,
+        realigning=sum(r.realigning for r in rounds),
+    )  # fmt: skip
 
 
 def decode_pool(work: Work, batch: int, scheduler: Scheduler | None, rows: int) -> Decoded:
@@ -150,6 +184,8 @@ def decode(settings: Settings, work: Work, kind: str, batch: int) -> Decoded:
     """One way to decode everything; see :data:`KINDS`."""
     if kind == "plain":
         return decode_static(work.plain, work, batch)
+    if kind == "realigned":
+        return decode_realigned(work, batch)
     if kind == "static":
         return decode_static(work.speculative, work, batch)
     if kind == "pool":
@@ -164,62 +200,29 @@ def cut(want: Reference, new: Sequence[int]) -> Reference:
     return Reference([t[:n] for t, _, n in pairs], [m[:n] for _, m, n in pairs])
 
 
-def padded_bytes(work: Work, batch: int) -> int:
-    """What the padded form would copy for static batches of speculation: round by round.
-
-    A round in which all rows of a batch grow alike moves no padding and copies nothing.
-    """
-    total = 0
-    cfg = work.plain.cfg
-    per_slot = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * 4
-    for start in range(0, len(work.prompts), batch):
-        prompts = work.prompts[start : start + batch]
-        added = np.zeros(len(prompts), np.int64)
-
-        def count(row: int, added: np.ndarray = added) -> Callable[[list[int]], None]:
-            def add(tokens: list[int]) -> None:
-                added[row] += len(tokens)
-
-            return add
-
-        pool = Batching(work.speculative, batch, work.capacity, eos=work.eos, rounds_per_call=1)
-        for row, job in enumerate(_jobs(work, slice(start, start + batch))):
-            pool.submit(dataclasses.replace(job, on_tokens=count(row)))
-        content = np.array([len(p) for p in prompts])
-        padding = content.max() - content
-        while pool.step():
-            moved, length = realign_padding(padding, content, added)
-            if np.any(moved != padding):
-                total += len(prompts) * length * per_slot
-            padding, content = moved, content + added
-            added[:] = 0
-    return total
-
-
 def narrow(work: Work) -> Work:
     """The same requests cut to nearly one length, the shortest first."""
     shortest = min(len(p) for p in work.prompts)
     return dataclasses.replace(work, prompts=sorted((p[:shortest] for p in work.prompts), key=len))
 
 
-def check_faults(settings: Settings, work: Work, want: Reference, model: Model, draft: Model):
+def check_faults(
+    settings: Settings, work: Work, want: Reference
+) -> Iterator[tuple[Fault | None, Outcome]]:
     """What every mistake of the padded form does to the first prompts."""
     rows = slice(0, settings.compared)
     new = min(work.new[rows])
     right = cut(Reference(want.texts[rows], want.margins[rows]), [new] * settings.compared)
     for fault in (None, *FAULTS):
-        one = PaddedDecoder(
-            work.plain.params, model.cfg, decoder.unstack(draft.params), draft.cfg, settings.k,
-            fault=fault,
-        )  # fmt: skip
+        one = dataclasses.replace(work.padded, eos=None, fault=fault)
         texts, _ = one.generate(work.prompts[rows], new)
         yield fault, compare(right, texts)
 
 
 def measure_seed(
-    settings: Settings, model: Model, draft: Model, seed: int, warm: bool
+    settings: Settings, model: Model, draft: Model, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Everything of one seed, by method; ``warm`` runs each way once before it is timed."""
+    """Everything of one seed, by method. Each way runs once before it is timed: that compiles."""
     work = make_work(settings, model, draft, seed)
     whole = reference(work.plain, work.prompts, settings.new_tokens, work.eos)
     want = cut(whole, work.new)
@@ -229,8 +232,7 @@ def measure_seed(
             if kind == "exspec" and batch == 1:
                 continue
             print(f"{kind}, batch {batch}, seed {seed}", flush=True)
-            if warm:
-                decode(settings, work, kind, batch)
+            decode(settings, work, kind, batch)
             rows[f"{kind}-{batch}"] = _decoded(decode(settings, work, kind, batch), want)
     big = max(settings.batches)
 
@@ -245,18 +247,12 @@ def measure_seed(
     rows["poisoned"] = _outcome(
         check_poison(work.speculative, work.prompts[part], first, settings.new_tokens, work.eos)
     )
-    for fault, outcome in check_faults(settings, work, want, model, draft):
+    for fault, outcome in check_faults(settings, work, want):
         rows[f"padded-{fault}" if fault else "padded"] = _outcome(outcome)
     group = max(2, min(4, big))
     rows["random"] = {"grouping_rate": decode(settings, work, "exspec", group).grouping_rate}
     alike = decode(settings, narrow(work), "exspec", group)
     rows["narrow"] = {"grouping_rate": alike.grouping_rate}
-    texts = sum(map(len, want.texts))
-    rows["bytes"] = {
-        f"padded_bytes@{batch}": padded_bytes(work, batch) / texts
-        for batch in settings.batches
-        if batch > 1
-    }
     return rows
 
 
@@ -271,6 +267,8 @@ def _decoded(out: Decoded, want: Reference) -> dict[str, Any]:
         "tokens_per_second": tokens / out.seconds,
         "slots_read_per_pass": out.slots_read / out.forwards,
         "grouping_rate": out.grouping_rate,
+        "copied_per_token": out.copied / tokens,
+        "realigning_share": out.realigning / out.seconds,
         "load_average": list(os.getloadavg()),
     }
 
@@ -292,8 +290,8 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     """All ways to decode, all batch sizes, all seeds."""
     model, draft = load(settings.model), load(settings.draft_model)
     by_method: dict[str, list[dict[str, Any]]] = {}
-    for number, seed in enumerate(settings.seeds):
-        for method, row in measure_seed(settings, model, draft, seed, number == 0).items():
+    for seed in settings.seeds:
+        for method, row in measure_seed(settings, model, draft, seed).items():
             by_method.setdefault(method, []).append(row)
     return [summarise(method, runs) for method, runs in by_method.items()]
 

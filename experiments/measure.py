@@ -164,12 +164,16 @@ def timed(
     sampling: SamplingParams,
     eos: Sequence[int],
     capacity: int | None = None,
+    memory: Any = None,
 ) -> tuple[float, State]:
     """Seconds of decoding a batch, prefill not counted, and the loop's last state.
 
-    Batches with the same ``capacity`` (slots per row) share their programs.
+    Batches with the same ``capacity`` (slots per row) share their programs. ``memory`` is what a
+    drafter remembers of earlier ones, if it shares its state.
     """
-    state, seeds = engine.start(prompts, new_tokens, sampling, capacity=capacity)
+    state, seeds = engine.start(
+        prompts, new_tokens, sampling, drafter_state=memory, capacity=capacity
+    )
     jax.block_until_ready(state)
     start = time.perf_counter()
     state = jax.block_until_ready(engine.run(state, seeds, sampling, eos))

@@ -3,7 +3,7 @@
     python -m experiments.self_speculation --protocol=sets --model=layerskip-5m --max_score=2
     python -m experiments.self_speculation --protocol=exits --model=layerskip-5m
 
-Both are also run on ``python-5m``, which was trained without layer dropout and exits: how much a
+Exits are also run on ``python-5m``, which was trained without layer dropout and exits: how much a
 model needs that training is part of the answer. Greedy, float32.
 """
 

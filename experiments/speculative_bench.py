@@ -6,7 +6,9 @@
 
 A category is ``NAME=SOURCE`` with a source of :mod:`train.data.prompts`, or ``NAME=raw:SOURCE`` for
 lines that are to be continued rather than answered. ``tuned:NAME`` is a drafter with the length or
-the part of its tree that the machine's costs ask for (:mod:`inference.tuning`). Every drafter
+the part of its tree that the machine's costs ask for (:mod:`inference.tuning`), chosen on other
+prompts of the categories; drafters that remember what they saw have seen those, and remember the
+prompts of a category from one to the next. Every drafter
 decodes every prompt; sides are timed in turn, and a row's samples are the repeats. ``--peers`` adds
 prompt lookup and assisted generation of ``transformers`` on the same weights and prompts (needs the
 extra ``[bench]``).
@@ -27,7 +29,7 @@ from experiments.bare_loop import loop_overhead
 from experiments.settings import from_flags
 from experiments.speculative_peers import Peers
 from experiments.statements import Statement, value
-from inference.drafter import NoDrafter
+from inference.drafter import NoDrafter, shares_state
 from inference.drafters.lookup import LookupDrafter
 from inference.drafters.registry import make_drafter
 from inference.engine import Engine, bucket, make_engine
@@ -95,10 +97,38 @@ def make_sides(
         drafter, params = make_drafter(wanted if kind == "tuned" else name, model)
         params = by_rows(params)
         if kind == "tuned":
-            prompts = [p for ps in categories(settings, model, "train").values() for p in ps[:4]]
+            prompts = other_prompts(settings, model)
             drafter = tuned(model, drafter, params, prompts, seconds, batch=batch)
         sides[name] = drafter, params
     return sides
+
+
+def other_prompts(settings: Settings, model: Model) -> list[list[int]]:
+    """Up to four prompts of every category that are not asked."""
+    return [p for given in categories(settings, model, "train").values() for p in given[:4]]
+
+
+def experience(
+    settings: Settings, model: Model, engines: dict[str, Engine], capacity: int
+) -> dict[str, Any]:
+    """What every drafter that remembers has learnt from other prompts, decoded greedily."""
+    greedy, eos = SamplingParams.make(), model.tokenizer.end_ids
+    memories: dict[str, Any] = {}
+    for name, engine in engines.items():
+        if not shares_state(engine.drafter):
+            continue
+        for prompt in other_prompts(settings, model):
+            _, state = measure.timed(
+                engine, [prompt], settings.new_tokens, greedy, eos, capacity, memories.get(name)
+            )
+            memories[name] = state.drafter
+    return memories
+
+
+def slots(settings: Settings, engines: dict[str, Engine]) -> int:
+    """Slots per row for every prompt and engine, or each length of a prompt would be compiled."""
+    widest = max(engine.drafter.width for engine in engines.values())
+    return bucket(bucket(settings.prompt_tokens) + settings.new_tokens + widest)
 
 
 def decode_category(
@@ -108,23 +138,32 @@ def decode_category(
     prompts: Sequence[Sequence[int]],
     temperature: float,
     peers: Peers | None,
+    memories: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
-    """Tokens per second of every side at batch 1, in turn, and the counters of ours."""
+    """Tokens per second of every side at batch 1, in turn, and the counters of ours.
+
+    Every repeat begins with ``memories``; what a prompt teaches is there for the next one.
+    """
     sampling, eos = SamplingParams.make(temperature), model.tokenizer.end_ids
     names = [*engines, *(peers.sides if peers is not None and temperature == 0 else ())]
-    # One for all prompts, or every length of a prompt would be compiled for.
-    widest = max(engine.drafter.width for engine in engines.values())
-    capacity = bucket(bucket(settings.prompt_tokens) + settings.new_tokens + widest)
+    capacity = slots(settings, engines)
     rates: dict[str, list[float]] = {name: [] for name in names}
     rows: dict[str, dict[str, Any]] = {name: {} for name in names}
     for repeat in range(settings.repeats + 1):  # the first time is the compiler's
         for name in names if repeat % 2 else reversed(names):
-            seconds, tokens, states = 0.0, 0, []
+            seconds, tokens, states, memory = 0.0, 0, [], memories.get(name)
             for prompt in prompts:
                 if name in engines:
                     taken, state = measure.timed(
-                        engines[name], [prompt], settings.new_tokens, sampling, eos, capacity
+                        engines[name],
+                        [prompt],
+                        settings.new_tokens,
+                        sampling,
+                        eos,
+                        capacity,
+                        memory,
                     )
+                    memory = state.drafter if name in memories else None
                     states.append(state)
                     made = int(state.stats.emitted[0])
                 else:
@@ -133,7 +172,9 @@ def decode_category(
                 seconds, tokens = seconds + taken, tokens + made
             rates[name] += [tokens / seconds] if repeat else []
             if states and not repeat:
-                rows[name] = counters(states) | {"state_bytes": state_bytes(states[0])}
+                rows[name] = counters(states, model.cfg.num_layers) | {
+                    "state_bytes": state_bytes(states[0])
+                }
     for name in names:
         rows[name]["tokens_per_second"] = record.sample(rates[name])
         rows[name]["speedup"] = record.sample(
@@ -142,12 +183,13 @@ def decode_category(
     return rows
 
 
-def counters(states: Sequence[Any]) -> dict[str, Any]:
-    """Tokens per pass and acceptance by position over some prompts."""
+def counters(states: Sequence[Any], layers: int) -> dict[str, Any]:
+    """Tokens per pass, passes over all layers per token, acceptance by position, over prompts."""
     stats = [jax.tree.map(np.asarray, state.stats) for state in states]
     rounds, emitted = (sum(int(getattr(s, n)[0]) for s in stats) for n in ("rounds", "emitted"))
     return {
         "tokens_per_pass": emitted / rounds,
+        "layer_passes": sum(float(s.layer_passes[0]) for s in stats) / emitted / layers,
         "drafted_per_emitted": sum(int(s.drafted[0]) for s in stats) / emitted,
         "by_depth": (np.sum([s.by_depth[0] for s in stats], axis=0) / rounds).tolist(),
     }
@@ -212,15 +254,16 @@ def run(settings: Settings) -> list[dict[str, Any]]:
         {"kind": "cost", "width": w, "seconds": seconds[w], "ratio": seconds[w] / seconds[1]}
         for w in WIDTHS
     ]
-    overhead = loop_overhead(model, settings.new_tokens, 2 * settings.repeats)
+    overhead = loop_overhead(model, settings.new_tokens, max(12, settings.repeats))
     rows.append({"kind": "overhead", "share": record.sample(overhead)})
     sides = make_sides(settings, model, seconds)
     engines = make_engines(model, sides)
+    memories = experience(settings, model, engines, slots(settings, engines))
     for category, given in prompts.items():
         for temperature in map(float, settings.temperatures):
             print(f"{category}, temperature {temperature:g}", flush=True)
             load_before = os.getloadavg()
-            found = decode_category(settings, model, engines, given, temperature, peers)
+            found = decode_category(settings, model, engines, given, temperature, peers, memories)
             for name, row in found.items():
                 rows.append(
                     {"kind": "side", "drafter": name, "category": category,
@@ -245,7 +288,8 @@ def summaries(
         mine = [r for r in rows if r["kind"] == "side" and r["drafter"] == name]
         greedy = {r["category"]: r for r in mine if r["temperature"] == 0}
         per_pass = float(np.mean([r["tokens_per_pass"] for r in greedy.values()]))
-        named = [greedy[c] for c in AVERAGED if c in greedy] or list(greedy.values())
+        averaged = AVERAGED if set(AVERAGED) <= greedy.keys() else tuple(greedy)
+        named = [greedy[c] for c in averaged]
         samples = zip(*(r["speedup"]["samples"] for r in named), strict=True)
         best = max(greedy.values(), key=lambda r: r["speedup"]["mean"])
         out.append(
@@ -260,7 +304,8 @@ def summaries(
                 "state_bytes": max(r["state_bytes"] for r in mine),
                 "exactness": dataclasses.asdict(exact),
                 "modelled": {f"{c:g}": per_pass / (c + cost) for c in RATIOS},
-                "overhead": overhead["share"]["mean"],
+                "overhead": float(np.median(overhead["share"]["samples"])),
+                "mean_of": averaged,
                 "mean_speedup": record.sample([float(np.mean(x)) for x in samples]),
                 "best_category": best["category"],
                 "best_speedup": best["speedup"],
@@ -273,6 +318,12 @@ def _best(rows: dict[str, dict[str, Any]], name: str, seed: int) -> float:
     return max(value(row, name, seed) for row in rows.values())
 
 
+def _is_fast_in_the_mean(rows: dict[str, dict[str, Any]], seed: int) -> bool:
+    if set(AVERAGED) - set(rows["none"]["mean_of"]):
+        raise KeyError("a category of the mean was not measured")
+    return _best(rows, "mean_speedup", seed) > 1.2
+
+
 STATEMENTS = (
     Statement(
         "the best drafter is at least 1.5 times as fast as plain decoding in its best category",
@@ -282,7 +333,7 @@ STATEMENTS = (
     Statement(
         "and more than 1.2 times as fast in the mean over chat, code and math",
         ("none",),
-        lambda rows, seed: _best(rows, "mean_speedup", seed) > 1.2,
+        _is_fast_in_the_mean,
     ),
     Statement(
         "the loop without a drafter takes less than 5% more than the model alone",

@@ -27,7 +27,8 @@ DRAFT_HEADER = (
     "steps 2 to 4 there",
     "tokens per pass, chain",
     "tree",
-    "bytes of its own at 16,384",
+    "bytes of its own at 4,096",
+    "at 16,384",
 )
 
 
@@ -40,7 +41,7 @@ def draft_row(row: dict[str, Any]) -> tuple[str, ...]:
     """Cells of a draft; a rival has tokens per pass only."""
     name = NAMES[row["method"]]
     if "edges" not in row:
-        return (name, "", "", "", "", number(row["tokens_per_pass"]), "")
+        return (name, "", "", "", "", number(row["tokens_per_pass"]), "", "")
     later = ", ".join(percent(row[f"top1@{FAR}/step{step}"], 1) for step in (2, 3, 4))
     return (
         name,
@@ -49,6 +50,7 @@ def draft_row(row: dict[str, Any]) -> tuple[str, ...]:
         later,
         number(row["tokens_per_pass/chain"]),
         number(row["tokens_per_pass/tree"]),
+        f"{row['bytes']['bytes@4096']:,}",
         f"{row['bytes']['bytes@16384']:,}",
     )
 

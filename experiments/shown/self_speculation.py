@@ -113,5 +113,6 @@ TABLES: tuple[Rendered, ...] = (
     Table("exits", DEL_PAGE, TRAINED_EXITS, EXITS_HEADER, exit_row),
     Statements("exits-statements", DEL_PAGE, TRAINED_EXITS),
     Table("untrained-exits", DEL_PAGE, UNTRAINED_EXITS, EXITS_HEADER, exit_row),
+    Statements("untrained-exits-statements", DEL_PAGE, UNTRAINED_EXITS),
 )
 FIGURES = (Figure("experiments/results/self_speculation_exits.svg", TRAINED_EXITS, exit_grid),)

@@ -10,7 +10,8 @@ from experiments.report import Rendered, Statements, Table, number
 
 KINDS = {
     "plain": "plain decoding, static batches",
-    "static": "speculation, static batches (EQSPEC)",
+    "realigned": "speculation, padded batches, realigned (EQSPEC as published)",
+    "static": "speculation, ragged batches (EQSPEC here)",
     "pool": "**speculation, a pool that is filled again**",
     "exspec": "speculation, groups of equal length (EXSPEC)",
 }
@@ -21,6 +22,8 @@ BATCH_HEADER = (
     "tokens per second",
     "slots read per row and pass",
     "grouped steps",
+    "copied per token",
+    "of its time",
     "exact, near-ties, wrong",
 )
 CHECKS = {
@@ -51,6 +54,8 @@ def batch_row(row: dict[str, Any]) -> tuple[str, ...]:
         number(row["tokens_per_second"], 0),
         number(row["slots_read_per_pass"], 0),
         grouped,
+        f"{row['copied_per_token']['mean'] / 1e3:.0f} kB" if kind == "realigned" else "",
+        f"{100 * row['realigning_share']['mean']:.0f}%" if kind == "realigned" else "",
         ", ".join(str(n) for n in row["outcome"].values()),
     )
 
@@ -63,6 +68,20 @@ def is_check(row: dict[str, Any]) -> bool:
 def check_row(row: dict[str, Any]) -> tuple[str, ...]:
     """Cells of a check."""
     return (CHECKS[row["method"]], *(str(n) for n in row["outcome"].values()))
+
+
+GROUPING = {"random": "lengths as asked", "narrow": "cut to nearly one length"}
+
+
+def is_grouping(row: dict[str, Any]) -> bool:
+    """Whether the row tells how often EXSPEC grouped some requests."""
+    return row["method"] in GROUPING
+
+
+def grouping_row(row: dict[str, Any]) -> tuple[str, ...]:
+    """Cells of how often EXSPEC grouped."""
+    share = {name: 100 * row["grouping_rate"][name] for name in ("mean", "spread")}
+    return (GROUPING[row["method"]], f"{number(share, 0)}%")
 
 
 RATE_HEADER = (
@@ -144,6 +163,14 @@ SPECDEC_RESULT = "specdec_pp_python_5m"
 TABLES: tuple[Rendered, ...] = (
     Table("batch", BATCH_PAGE, BATCH_RESULT, BATCH_HEADER, batch_row, is_decoding),
     Table("batch-checks", BATCH_PAGE, BATCH_RESULT, CHECK_HEADER, check_row, is_check),
+    Table(
+        "batch-grouping",
+        BATCH_PAGE,
+        BATCH_RESULT,
+        ("requests", "steps with rows of equal length"),
+        grouping_row,
+        is_grouping,
+    ),
     Statements("batch-statements", BATCH_PAGE, BATCH_RESULT),
     Table("specdec-rates", SPECDEC_PAGE, SPECDEC_RESULT, RATE_HEADER, rate_row, is_rule),
     Table("specdec-heads", SPECDEC_PAGE, SPECDEC_RESULT, HEAD_HEADER, head_row, is_head),

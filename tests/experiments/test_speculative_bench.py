@@ -1,14 +1,19 @@
+import dataclasses
 import json
 import pathlib
+import types
 from typing import Any
 
 import numpy as np
 import pytest
 
+from experiments import measure, statements
 from experiments import speculative_bench as bench
-from experiments import statements
 from experiments.bare_loop import loop_overhead
+from inference.drafter import NoDrafter
+from inference.loop import init_stats
 from models.load import Model
+from research.speculative.token_recycling.drafter import TokenRecycling
 
 
 def settings(folder: pathlib.Path, **changes: Any) -> bench.Settings:
@@ -58,6 +63,7 @@ def test_statements_look_at_the_best_drafter():
     def side(mean: float, best: float) -> dict[str, Any]:
         exact = {"differing": 0, "near_ties": 0}
         return {
+            "mean_of": bench.AVERAGED,
             "mean_speedup": {"mean": mean, "samples": [mean]},
             "overhead": 0.01,
             "best_speedup": {"mean": best, "samples": [best]},
@@ -69,6 +75,34 @@ def test_statements_look_at_the_best_drafter():
     assert held == [False, True, True, True]
     rows[1]["exactness"] = {"differing": 2, "near_ties": 1}
     assert not statements.answer(rows, bench.STATEMENTS, 1)[3]["holds"]
+    rows[0]["mean_of"] = ("code",)
+    assert statements.answer(rows, bench.STATEMENTS, 1)[1]["holds"] is None
+
+
+def test_what_prompts_teach_is_there_for_the_next_ones(
+    folder: pathlib.Path, model: Model, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[tuple[int, Any]] = []
+
+    def spy(engine, prompts, new, sampling, eos, capacity, memory=None):
+        asked.append((prompts[0][0], memory))
+        stats = init_stats(1, 0, 1)
+        stats = dataclasses.replace(stats, emitted=stats.emitted + 1, rounds=stats.rounds + 1)
+        return 1.0, types.SimpleNamespace(stats=stats, drafter=f"after {prompts[0][0]}")
+
+    monkeypatch.setattr(measure, "timed", spy)
+    monkeypatch.setattr(bench, "state_bytes", lambda state: 0)
+    monkeypatch.setattr(bench, "other_prompts", lambda settings, model: [[7], [8]])
+    sides = {"none": (NoDrafter(), None), "recycling": (TokenRecycling(), None)}
+    engines = bench.make_engines(model, sides)
+    given = settings(folder)
+    memories = bench.experience(given, model, engines, 128)
+    assert asked == [(7, None), (8, "after 7")] and memories == {"recycling": "after 8"}
+    asked.clear()
+    bench.decode_category(given, model, engines, [[1], [2]], 0.0, None, memories)
+    # Backwards first, then the timed turn.
+    learning, plain = [(1, "after 8"), (2, "after 1")], [(1, None), (2, None)]
+    assert asked == [*learning, *plain, *plain, *learning]
 
 
 def test_the_bare_loop_decodes_the_same_tokens(model: Model):

@@ -13,6 +13,7 @@ from inference.drafters.draft_model import draft_model
 from inference.loop import prefill_chunk
 from inference.scheduler import SameLength, Together, first_full_group
 from ops.sampling import SamplingParams
+from research.speculative.swift.drafter import swift
 from research.speculative.token_recycling.drafter import TokenRecycling
 from tests.inference.models import VOCAB, config, engine, prompts, weights
 
@@ -89,6 +90,22 @@ def test_sampled_jobs_depend_on_their_seeds_alone(drafter, scheduler):
     got = pool(drafter, scheduler=scheduler).generate(jobs(temperature=0.9, top_p=0.95))
     want = expected(drafter, SamplingParams.make(0.9, top_p=0.95), [])
     assert [result.tokens for result in got] == want
+
+
+@pytest.mark.parametrize("scheduler", [None, GROUPED], ids=["together", "grouped"])
+def test_a_drafter_that_is_tuned_while_serving_is_tuned_in_a_pool(scheduler):
+    cfg = config(num_layers=4)
+    drafter, params = swift(
+        cfg, controls={"max_score": 2.0}, max_steps=4, max_nodes=0, context_window=2
+    )
+    one = Batching(
+        engine(cfg, drafter=drafter, drafter_params=params), 4, 128, scheduler, rounds_per_call=3
+    )
+    want = engine(cfg, drafter=NoDrafter(5)).generate(prompts(*LENGTHS), max(NEW)).tokens
+    got = [result.tokens for result in one.generate(jobs())]
+    assert got == [text[:new] for text, new in zip(want, NEW, strict=True)]
+    # Rows judge a set once they have more than three new tokens, as about half of them get here.
+    assert int(one._state.drafter.search.iterations) > len(NEW)
 
 
 def test_jobs_of_different_sampling_share_a_pool():

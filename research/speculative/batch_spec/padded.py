@@ -9,6 +9,7 @@ Source: arXiv 2510.22876 and its official code.
 
 import dataclasses
 import functools
+import time
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -63,6 +64,12 @@ class Round:
     bonus: np.ndarray  # (b,)
     padding: tuple[np.ndarray, np.ndarray]  # before and after
     length: tuple[int, int]
+    realigning: float  # seconds that appending and realigning took
+
+    @property
+    def moved(self) -> bool:
+        """Whether a row's entries had to move."""
+        return bool(np.any(self.padding[0] != self.padding[1]))
 
 
 @dataclasses.dataclass
@@ -174,24 +181,35 @@ class PaddedDecoder:
             if self.eos is not None and self.eos in new:
                 new = new[: new.index(self.eos) + 1]
             added.append(new)
-        before = batch.padding.copy(), batch.length
+        before, start = (batch.padding.copy(), batch.length), time.perf_counter()
         self._commit(batch, added)
+        jax.block_until_ready(batch.cache)
+        realigning = time.perf_counter() - start
         for row, new in enumerate(added):
             ended = self.eos is not None and self.eos in new
             batch.live[row] &= not (ended or len(new) == budget[row])
         return Round(
             draft, positions, np.where(live, matches, 0), [new[:-1] for new in added], bonus,
-            (before[0], batch.padding), (before[1], batch.length),
+            (before[0], batch.padding), (before[1], batch.length), realigning,
         )  # fmt: skip
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int | Sequence[int],
+        capacity: int | None = None,
     ) -> tuple[list[list[int]], list[Round]]:
-        """Continue all prompts together: new tokens per row, and the rounds it took."""
-        batch, rounds = self.begin(prompts, max_new_tokens), []
+        """Continue all prompts together: new tokens per row, and the rounds it took.
+
+        Args:
+            max_new_tokens: one number, or one per prompt.
+            capacity: see :meth:`begin`.
+        """
+        limits = np.broadcast_to(np.asarray(max_new_tokens), (len(prompts),))
+        batch, rounds = self.begin(prompts, int(limits.max()), capacity), []
         while batch.live.any():
             used = batch.content - batch.prompt
-            rounds.append(self.round(batch, np.where(batch.live, max_new_tokens - used, 0)))
+            rounds.append(self.round(batch, np.where(batch.live, limits - used, 0)))
         return batch.texts(), rounds
 
     def _text(self, batch: PaddedBatch) -> np.ndarray:
