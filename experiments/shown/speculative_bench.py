@@ -1,5 +1,6 @@
 """What the documents show of the bench of all drafters."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -12,14 +13,22 @@ from experiments.speculative_bench import RATIOS
 
 PAGE = "research/speculative/README.md"
 SMOLLM2 = "speculative_bench_smollm2_135m"
+PYTHON = "speculative_bench_python_5m"
 NAMES = {
     "none": "plain decoding",
     "lookup": "prompt lookup",
     "recycling": "Token Recycling",
-    "clover:smollm2-135m-clover": "Clover-2",
-    "medusa:smollm2-135m-medusa": "Medusa",
+    "draft": "draft model",
+    "clover": "Clover-2",
+    "medusa": "Medusa",
+    "eagle": "EAGLE",
+    "eagle2": "EAGLE-2",
     "swift": "SWIFT",
+    "del": "DEL",
 }
+"""By the part of a drafter's name that says what it is."""
+POSITIONS = 4
+"""Positions of a draft whose acceptance is shown."""
 
 
 def label(name: str) -> str:
@@ -27,7 +36,7 @@ def label(name: str) -> str:
     kind, _, wanted = name.partition(":")
     if kind == "tuned" and wanted:
         return f"**{label(wanted)}, size by cost**"
-    return NAMES.get(name, name)
+    return NAMES.get(kind, name)
 
 
 def kind(name: str) -> Any:
@@ -43,10 +52,17 @@ def side_row(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['temperature']:g}",
         label(row["drafter"]),
         f"{row['tokens_per_pass']:.2f}" if ours else "",
+        f"{row['layer_passes']:.2f}" if ours else "",
         f"{row['drafted_per_emitted']:.2f}" if ours else "",
+        accepted(row["by_depth"]) if ours else "",
         number(row["tokens_per_second"], 1),
         number(row["speedup"]) + "x",
     )
+
+
+def accepted(by_depth: Sequence[float]) -> str:
+    """In how many of a hundred rounds the first positions of a draft were kept."""
+    return ", ".join(f"{100 * share:.0f}" for share in by_depth[:POSITIONS])
 
 
 def nodes(row: dict[str, Any]) -> str:
@@ -134,8 +150,8 @@ def ranking(result: dict[str, Any]) -> Canvas:
 
 
 SIDE_HEADER = (
-    "prompts", "temperature", "drafter", "tokens per pass", "drafted per token", "tokens/s",
-    "over plain",
+    "prompts", "temperature", "drafter", "tokens per pass", "all layers per token",
+    "drafted per token", f"% kept at positions 1 to {POSITIONS}", "tokens/s", "over plain",
 )  # fmt: skip
 SUMMARY_HEADER = (
     "drafter", "nodes", "tokens per pass", "draft cost",
@@ -144,10 +160,22 @@ SUMMARY_HEADER = (
 )  # fmt: skip
 COST_HEADER = ("tokens of a pass", "ms", "over one token")
 
+BATCH_HEADER = ("drafter", "batch", "tokens/s", "over plain")
+
+
+def tables(name: str, result: str) -> tuple[Rendered, ...]:
+    """The tables of one model's result, by the first part of their names."""
+    return (
+        Table(f"{name}-summary", PAGE, result, SUMMARY_HEADER, summary_row, kind("summary")),
+        Statements(f"{name}-statements", PAGE, result),
+        Table(f"{name}-sides", PAGE, result, SIDE_HEADER, side_row, kind("side")),
+        Table(f"{name}-batch", PAGE, result, BATCH_HEADER, batch_row, kind("batch")),
+    )
+
+
 TABLES: tuple[Rendered, ...] = (
-    Table("bench-summary", PAGE, SMOLLM2, SUMMARY_HEADER, summary_row, kind("summary")),
-    Statements("bench-statements", PAGE, SMOLLM2),
-    Table("bench-sides", PAGE, SMOLLM2, SIDE_HEADER, side_row, kind("side")),
+    *tables("bench", SMOLLM2),
+    *tables("bench-python", PYTHON),
     Table("bench-cost", PAGE, SMOLLM2, COST_HEADER, cost_row, kind("cost")),
     Table(
         "bench-layout",
@@ -156,13 +184,8 @@ TABLES: tuple[Rendered, ...] = (
         ("tokens of a pass", "ms, plain", "ms, by rows", "plain over rows"),
         layout_row,
     ),
-    Table(
-        "bench-batch",
-        PAGE,
-        SMOLLM2,
-        ("drafter", "batch", "tokens/s", "over plain"),
-        batch_row,
-        kind("batch"),
-    ),
 )
-FIGURES = (Figure("experiments/results/speculative_bench.svg", SMOLLM2, ranking),)
+FIGURES = (
+    Figure("experiments/results/speculative_bench.svg", SMOLLM2, ranking),
+    Figure("experiments/results/speculative_bench_python.svg", PYTHON, ranking),
+)

@@ -16,6 +16,7 @@ from ops.tree import tree_from_parents
 from research.speculative.token_recycling.drafter import TokenRecycling
 from tests.inference.models import (
     NEW,
+    PROMPT_LENGTHS,
     ROUNDING,
     VOCAB,
     ScriptedDrafter,
@@ -145,13 +146,25 @@ def test_changing_values_does_not_compile_again():
 
     def run(temperature, top_p, new, seed, eos):
         sampling = SamplingParams.make(temperature, top_p=top_p)
-        eng.generate(prompts(seed=seed), new, sampling=sampling, seeds=[seed] * 4, eos=[eos])
+        texts = prompts(*(length + seed for length in PROMPT_LENGTHS), seed=seed)
+        eng.generate(texts, new, sampling=sampling, seeds=[seed] * 4, eos=[eos])
 
     run(0.5, 0.9, 3, 0, 1)
     compiled = programs(decode_rounds), programs(prefill_chunk)
     for i in range(1, 4):
         run(0.5 + 0.3 * i, 0.9 - 0.1 * i, 3 + 2 * i, i, i)
     assert (programs(decode_rounds), programs(prefill_chunk)) == compiled
+
+
+def test_the_loop_takes_the_buffers_of_its_state():
+    """Not even the keys and values are copied: what goes in is gone, what comes out lies there."""
+    eng, greedy = engine(), SamplingParams.make()
+    state, seeds = eng.start(prompts(), NEW, greedy)
+    before = jax.tree.leaves(state.cache.layers)
+    places = {leaf.unsafe_buffer_pointer() for leaf in before}
+    after = jax.tree.leaves(eng.run(state, seeds, greedy, ()).cache.layers)
+    assert all(leaf.is_deleted() for leaf in before)
+    assert {leaf.unsafe_buffer_pointer() for leaf in after} == places
 
 
 @pytest.mark.parametrize("drafter", [NoDrafter(), TokenRecycling()], ids=["plain", "tree"])
