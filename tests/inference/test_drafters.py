@@ -13,7 +13,7 @@ from inference.drafters.lookup import LookupDrafter, copy_after_match
 from inference.drafters.medusa import MedusaDrafter
 from inference.drafters.registry import DRAFTERS, check_name, make_drafter
 from inference.loop import decode_rounds
-from models import decoder, medusa
+from models import clover, decoder, eagle, medusa
 from models import params as params_
 from models.drafter_io import save_drafter
 from models.load import Model
@@ -283,6 +283,23 @@ def test_shipped_drafters_go_by_their_folder(tmp_path, monkeypatch):
     assert isinstance(drafter, MedusaDrafter) and drafter.cfg == cfg
     with pytest.raises(FileNotFoundError, match="name the folder of a trained drafter"):
         make_drafter("medusa:model-clover", target_model())
+
+
+@pytest.mark.parametrize(
+    ("kind", "saved", "specs", "cfg"),
+    [
+        ("medusa", "medusa", medusa.specs, medusa.MedusaConfig(num_heads=2)),
+        ("eagle", "eagle", eagle.specs, eagle.EagleConfig()),
+        ("eagle2", "eagle", eagle.specs, eagle.EagleConfig()),
+        ("clover", "clover", clover.specs, clover.CloverConfig(num_layers=1)),
+    ],
+)
+def test_heads_for_a_target_of_another_size_are_refused(kind, saved, specs, cfg, tmp_path):
+    other = config(hidden_size=48)
+    heads = params_.init(specs(cfg, other), jax.random.key(0))
+    save_drafter(tmp_path, saved, cfg, heads, other)
+    with pytest.raises(ValueError, match="48"):
+        make_drafter(f"{kind}:{tmp_path}", target_model())
 
 
 def test_a_draft_model_with_another_tokenizer_is_refused(tmp_path):

@@ -70,6 +70,12 @@ def test_greedy_text_is_that_of_plain_decoding_while_the_set_changes(nodes):
     assert np.all(np.asarray(got.stats.layer_passes) > 5 * np.asarray(got.stats.rounds))
 
 
+def test_text_is_exact_with_everything_left_out_that_may_be():
+    inner = np.array([False, True, True, True, False])
+    got = run(skip=SkipSet(inner, inner), search=False, controls={"stop_threshold": 0.0})
+    assert got.tokens == engine(CFG, drafter=NoDrafter(16)).generate(prompts(), NEW).tokens
+
+
 @pytest.mark.slow
 def test_a_fixed_set_of_candidates_gives_the_text_of_plain_sampling():
     got = run(sampling=SAMPLED, sampled=False, search=False)
