@@ -3,9 +3,9 @@
     python -m experiments.rapid --model=records-11m
 
 Prompts hide numbers in text and ask for one of them. The target reads the whole prompt, within its
-trained length or beyond it under a policy; the drafter, the same model, reads chunks of about 32
-tokens that BM25, or an encoder's vectors, choose. ``irrelevant`` lets it read what was retrieved
-for another prompt.
+trained length or beyond it under a policy; the drafter reads chunks of about 32 tokens that BM25,
+or an encoder's vectors, choose. It is the same model, or with ``--drafter`` another, stronger one
+(upward speculation). ``irrelevant`` lets it read what was retrieved for another prompt.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from experiments.long_context_tasks import PromptEncoder
 from experiments.settings import from_flags
 from experiments.statements import Statement, at_least, value
 from inference.drafter import NoDrafter
+from inference.drafters.draft_model import check_tokenizer
 from inference.engine import Engine, make_engine
 from inference.policies.registry import make_policy
 from models import bert, decoder
@@ -99,6 +100,7 @@ class Settings:
     """What is compared, and on what; see the flags."""
 
     model: str
+    drafter: str
     policy: str
     tasks: tuple[str, ...]
     methods: tuple[str, ...]
@@ -182,26 +184,28 @@ def accuracy(model: Model, cases: Sequence[Case], texts: Sequence[list[int]]) ->
     return float(np.mean(scores))
 
 
-def average(model: Model, engine: Engine, cases: Sequence[Case], new: int) -> list[list[int]]:
-    """Greedy texts by the mean of the logits after the prompt and after the retrieved context."""
+def average(
+    engine: Engine, short_engine: Engine, cases: Sequence[Case], new: int
+) -> list[list[int]]:
+    """Greedy texts by the mean of the target's logits after the prompt and the drafter's."""
     greedy = SamplingParams.make()
     long, _ = engine.start([case.prompt for case in cases], new, greedy)
-    short_engine = make_engine(model.params, model.cfg)
     short, _ = short_engine.start([case.draft for case in cases], new, greedy)
-    policies = (policy_of(engine), policy_of(short_engine))
+    models = (engine, short_engine)
 
     @jax.jit
     def run(params: Any, caches: Any, first: Any, limits: Any) -> Any:
         def step(carry: Any, _: Any) -> Any:
             caches, token = carry
 
-            def inputs(positions: Any) -> Any:
-                return decoder.embed(params, model.cfg, token[:, None], positions)[:, 0]
+            def one(engine: Engine, params: Any, cache: Any, limit: Any) -> Any:
+                def inputs(positions: Any) -> Any:
+                    return decoder.embed(params, engine.cfg, token[:, None], positions)[:, 0]
 
-            each = [
-                one_pass(params, model.cfg, policy, cache, inputs, limit, cache.capacity)
-                for policy, cache, limit in zip(policies, caches, limits, strict=True)
-            ]
+                policy = policy_of(engine)
+                return one_pass(params, engine.cfg, policy, cache, inputs, limit, cache.capacity)
+
+            each = [one(*given) for given in zip(models, params, caches, limits, strict=True)]
             best = jnp.argmax(each[0][1] + each[1][1], axis=-1).astype(jnp.int32)
             return (tuple(cache for cache, _ in each), best), best
 
@@ -209,7 +213,8 @@ def average(model: Model, engine: Engine, cases: Sequence[Case], new: int) -> li
 
     first = jnp.asarray([case.prompt[-1] for case in cases], jnp.int32)
     limits = (long.limit, short.limit)
-    return np.asarray(run(engine.params, (long.cache, short.cache), first, limits)).tolist()
+    params = (engine.params, short_engine.params)
+    return np.asarray(run(params, (long.cache, short.cache), first, limits)).tolist()
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -242,14 +247,22 @@ def likelihood(laws: Sequence[np.ndarray], cases: Sequence[Case]) -> float:
     return float(np.mean(np.concatenate(logs)))
 
 
-def kv_bytes(cfg: decoder.Config, stats: Any, cases: Sequence[Case], gamma: int) -> float:
-    """Bytes of keys and values read per emitted token, taking each context's length as it began."""
-    slot = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * 4
-    reads = sum(
-        rounds * (len(case.prompt) + gamma * len(case.draft))
+def slot_bytes(cfg: decoder.Config) -> int:
+    """Bytes of a token's keys and values."""
+    return 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * 4
+
+
+def kv_bytes(cfg: decoder.Config, stats: Any, cases: Sequence[Case], drafting: int = 0) -> float:
+    """Bytes of keys and values read per emitted token, taking each context's length as it began.
+
+    ``drafting`` are those that a draft reads for every token of its prompt.
+    """
+    slot = slot_bytes(cfg)
+    read = sum(
+        rounds * (slot * len(case.prompt) + drafting * len(case.draft))
         for rounds, case in zip(stats.rounds.tolist(), cases, strict=True)
     )
-    return slot * reads / int(stats.emitted.sum())
+    return read / int(stats.emitted.sum())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +276,7 @@ class Asked:
     draft: list[np.ndarray]
 
 
-def ask(s: Settings, model: Model, policy: Any, task: str, seed: int) -> Asked:
+def ask(s: Settings, model: Model, helper: Model, policy: Any, task: str, seed: int) -> Asked:
     """Questions of a task, the target's own greedy answers, and both laws of the true ones."""
     cases = make_cases(s, model, task, seed)
     # As wide as the drafts, so that equal texts are equal bit for bit.
@@ -277,26 +290,27 @@ def ask(s: Settings, model: Model, policy: Any, task: str, seed: int) -> Asked:
         texts,
         stats,
         reference_laws(model, policy, [case.prompt for case in cases], cases),
-        reference_laws(model, None, [case.draft for case in cases], cases),
+        reference_laws(helper, None, [case.draft for case in cases], cases),
     )
 
 
 def measure_method(
-    s: Settings, model: Model, policy: Any, method: str, asked: Asked, seed: int
+    s: Settings, model: Model, helper: Model, policy: Any, method: str, asked: Asked, seed: int
 ) -> dict[str, float]:
-    """One method on the questions of one task."""
+    """One method on the questions of one task; ``helper`` drafts."""
     cases, new = asked.cases, find_task(asked.cases[0].example.task).new_tokens
     base = make_engine(model.params, model.cfg, policy=policy, context_limit=s.length)
     if method == "average":
-        return {"accuracy": accuracy(model, cases, average(model, base, cases, new))}
+        alone = make_engine(helper.params, helper.cfg)
+        return {"accuracy": accuracy(model, cases, average(base, alone, cases, new))}
     if method == "long":
         return _alone(model, cases, asked.texts, asked.rounds, asked.target)
     if method == "retrieved":
         short = [dataclasses.replace(case, prompt=case.draft) for case in cases]
-        engine = make_engine(model.params, model.cfg)
+        engine = make_engine(helper.params, helper.cfg)
         texts, stats = answers(engine, short, None, SamplingParams.make(), seed)
-        return _alone(model, short, texts, stats, asked.draft)
-    return _speculative(s, model, base, float(method.removeprefix("eta-")), asked, seed)
+        return _alone(helper, short, texts, stats, asked.draft)
+    return _speculative(s, model, helper, base, float(method.removeprefix("eta-")), asked, seed)
 
 
 def _alone(
@@ -306,15 +320,15 @@ def _alone(
         "accuracy": accuracy(model, cases, texts),
         "likelihood": likelihood(laws, cases),
         "passes": float(stats.rounds.sum() / stats.emitted.sum()),
-        "kv_bytes": kv_bytes(model.cfg, stats, cases, 0),
+        "kv_bytes": kv_bytes(model.cfg, stats, cases),
     }
 
 
 def _speculative(
-    s: Settings, model: Model, base: Engine, eta: float, asked: Asked, seed: int
+    s: Settings, model: Model, helper: Model, base: Engine, eta: float, asked: Asked, seed: int
 ) -> dict[str, float]:
     cases, transfer, greedy = asked.cases, Transfer.make(eta), SamplingParams.make()
-    drafter, params = rapid_drafter(model.cfg, model.params, model.cfg, s.draft_length, transfer)
+    drafter, params = rapid_drafter(model.cfg, helper.params, helper.cfg, s.draft_length, transfer)
     engine = dataclasses.replace(base, drafter=drafter, drafter_params=params)
     drafts = [case.draft for case in cases]
     texts, _ = answers(engine, cases, drafts, greedy, seed)
@@ -331,22 +345,24 @@ def _speculative(
         "likelihood": likelihood(emitted, cases),
         "acceptance": float(stats.accepted.sum() / stats.drafted.sum()),
         "passes": float(stats.rounds.sum() / stats.emitted.sum()),
-        "kv_bytes": kv_bytes(model.cfg, stats, cases, s.draft_length),
+        "kv_bytes": kv_bytes(model.cfg, stats, cases, s.draft_length * slot_bytes(helper.cfg)),
     }
 
 
 def run(s: Settings) -> list[dict[str, Any]]:
     """All methods, each number the mean over the tasks, seed by seed."""
     model = load(s.model)
+    helper = load(s.drafter) if s.drafter else model
+    check_tokenizer(helper, model)
     policy = make_policy(s.policy, model.cfg) if s.policy else None
     rows: dict[str, list[dict[str, float]]] = {}
     for seed in s.seeds:
         by_task: dict[str, list[dict[str, float]]] = {}
         for task in s.tasks:
-            asked = ask(s, model, policy, task, seed)
+            asked = ask(s, model, helper, policy, task, seed)
             for method in s.methods:
                 print(f"{task}, {method}, seed {seed}", flush=True)
-                row = measure_method(s, model, policy, method, asked, seed)
+                row = measure_method(s, model, helper, policy, method, asked, seed)
                 by_task.setdefault(method, []).append(row)
         for method, found in by_task.items():
             means = {name: float(np.mean([r[name] for r in found])) for name in found[0]}
@@ -374,14 +390,16 @@ def main(_: Sequence[str]) -> None:
     print(statements.show(found))
     place = pathlib.Path(settings.model).name.replace("-", "_")
     how = "" if settings.retriever == "bm25" else "_vectors"
-    name = f"rapid_{place}_{settings.length}{how}"
+    by = pathlib.Path(settings.drafter).name.replace("-", "_")
+    name = f"rapid_{place}_{settings.length}{how}{f'_by_{by}' if by else ''}"
     path = record.save(name, rows, config=settings, seeds=settings.seeds, statements=found)
     print("saved", path)
 
 
 def define_flags() -> None:
     """The command's flags."""
-    flags.DEFINE_string("model", "records-11m", "Target and drafter.")
+    flags.DEFINE_string("model", "records-11m", "The target.")
+    flags.DEFINE_string("drafter", "", "The model that drafts; default: the target itself.")
     flags.DEFINE_string("policy", "", "The target's attention policy, for lengths beyond its own.")
     flags.DEFINE_list("tasks", ["lines-short", "needle", "multi-key"], "Tasks with a question.")
     flags.DEFINE_list("methods", list(METHODS), "What to compare.")

@@ -13,6 +13,7 @@ from tests.inference.models import config
 
 SETTINGS = rapid.Settings(
     model="records-11m",
+    drafter="",
     policy="",
     tasks=("lines-short",),
     methods=("long", "retrieved", "average", "eta-0", "eta-10"),
@@ -59,9 +60,10 @@ def test_bytes_count_the_target_once_a_round_and_the_drafter_once_a_token(cases)
     stats = dataclasses.replace(stats, rounds=jnp.asarray([3, 1]), emitted=jnp.asarray([6, 2]))
     cfg = config()
     slot = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * 4
-    sizes = [len(c.prompt) + 4 * len(c.draft) for c in cases]
-    want = slot * (3 * sizes[0] + sizes[1]) / 8
-    assert rapid.kv_bytes(cfg, stats, cases, 4) == pytest.approx(want)
+    sizes = [slot * len(c.prompt) + 4 * 24 * len(c.draft) for c in cases]
+    want = (3 * sizes[0] + sizes[1]) / 8
+    assert rapid.slot_bytes(cfg) == slot
+    assert rapid.kv_bytes(cfg, stats, cases, 4 * 24) == pytest.approx(want)
 
 
 @pytest.mark.slow
@@ -77,3 +79,13 @@ def test_the_experiment_runs():
     answers = statements.answer(rows, rapid.STATEMENTS, 1)
     assert sum(a["holds"] is None for a in answers) == 3
     assert "eta-10" in rapid.show(rows)
+
+
+@pytest.mark.slow
+def test_a_stronger_model_may_draft():
+    """Upward speculation: the weaker model's text as long as nothing is transferred."""
+    given = dataclasses.replace(SETTINGS, model="python-5m", drafter="records-11m")
+    by = {row["method"]: row for row in rapid.run(given)}
+    assert by["eta-0"]["same_as_long"]["mean"] == 1
+    # What the drafter answers from its own context is not what the target does.
+    assert by["retrieved"]["likelihood"]["mean"] > by["long"]["likelihood"]["mean"]

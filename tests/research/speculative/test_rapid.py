@@ -63,6 +63,16 @@ def test_greedy_without_eta_is_plain_greedy_decoding():
     assert np.sum(got.stats.discarded) > 0 and np.sum(got.stats.accepted) > 0
 
 
+def test_a_larger_model_may_draft():
+    larger = config(num_layers=3, hidden_size=48)
+    drafter, params = rapid_drafter(config(), weights(larger, 1), larger, 4, Transfer.make(0.0))
+    got = engine(drafter=drafter, drafter_params=params).generate(
+        prompts(), NEW, draft_prompts=drafts_of(prompts())
+    )
+    assert got.tokens == engine(drafter=NoDrafter(5)).generate(prompts(), NEW).tokens
+    assert got.stats.discarded.sum() > 0
+
+
 def test_a_drafter_of_the_same_context_is_always_accepted_at_any_eta():
     for sampling in (SamplingParams.make(), SamplingParams.make(0.9)):
         got = make(10.0).generate(prompts(), NEW, sampling=sampling, draft_prompts=prompts())
