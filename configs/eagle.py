@@ -24,7 +24,7 @@ def get_config() -> Config:
     config.optimizer.learning_rate = 4e-3
     config.task.name = "research.speculative.clover.task:EagleTask"
     config.task.heads = ml_collections.ConfigDict(
-        {"input_norm": False, "v_weight": 1.0, "p_weight": 0.1, "noise": 0.1}
+        {"input_norm": False, "v_weight": 1.0, "p_weight": 0.1, "noise": 0.1, "reads": "both"}
     )
     config.task.eval_heads = 5
     return config

@@ -29,12 +29,14 @@ from experiments import measure, record, statements
 from experiments.exactness import is_exact
 from experiments.settings import define_shared_flags, from_flags
 from experiments.speculative_statements import SPECULATIVE
-from inference.drafter import NoDrafter
+from inference.drafter import Drafter, NoDrafter
+from inference.drafters.eagle import EagleDrafter
+from inference.drafters.eagle_tree import EagleTreeDrafter
 from inference.drafters.medusa import MedusaDrafter
 from inference.drafters.registry import make_drafter
 from models.load import Model, load
 from models.sharding import make_mesh
-from ops.tree import EAGLE_25, tree_from_paths
+from ops.tree import EAGLE_25, chain_tree, tree_from_paths
 from train import run_folder
 from train.config import TrainConfig, build, build_task
 from train.data.collect import collect, show_progress
@@ -51,12 +53,19 @@ TRAINED = {
     "clover-no-distill": ("clover", {"distill": False}),
     "clover1": ("clover1", {}),
     "eagle-like": ("eagle", {}),
+    "eagle-features": ("eagle", {"reads": "features"}),
+    "eagle-tokens": ("eagle", {"reads": "tokens"}),
+    "eagle-chain": ("eagle", {}),
+    "eagle-2": ("eagle", {}),
 }
 """Method name to the name of its config and the changes of its heads.
 
 All drafters use the same static tree of 25 nodes, as far as their heads reach, except
-``medusa-63``, which has Medusa's own.
+``medusa-63``, which has Medusa's own, ``eagle-chain`` with that tree's first branch alone, and
+``eagle-2`` with as many nodes where it is sure of itself.
 """
+SHARED = {"medusa-63": "medusa", "eagle-chain": "eagle-like", "eagle-2": "eagle-like"}
+"""Methods that take the heads of another."""
 
 UNTRAINED = ("none", "lookup", "recycling", "draft")
 
@@ -82,6 +91,7 @@ class Settings:
     draft_vocab: int | None
     variant: str
     speed_prompts: int
+    label: str
 
 
 def collect_hidden(settings: Settings, model: Model) -> pathlib.Path:
@@ -174,8 +184,20 @@ def drafter_name(settings: Settings, method: str, seed: int) -> str:
 
 
 def _heads_folder(settings: Settings, method: str, seed: int) -> pathlib.Path:
-    # Medusa's heads are trained once for both of its trees.
-    return pathlib.Path(settings.folder) / f"{method.removesuffix('-63')}-{seed}"
+    return pathlib.Path(settings.folder) / f"{SHARED.get(method, method)}-{seed}"
+
+
+def reshaped(method: str, drafter: Drafter) -> Drafter:
+    """The drafter with the tree that the method asks for, in place of the registry's."""
+    if method == "medusa" and isinstance(drafter, MedusaDrafter):
+        paths = (p for p in EAGLE_25.paths if len(p) <= drafter.cfg.num_heads)
+        return dataclasses.replace(drafter, tree=tree_from_paths(paths))
+    if method == "eagle-chain" and isinstance(drafter, EagleDrafter):
+        return dataclasses.replace(drafter, tree=chain_tree(EAGLE_25.max_depth))
+    if method == "eagle-2" and isinstance(drafter, EagleDrafter):
+        total, depth = EAGLE_25.size - 1, EAGLE_25.max_depth
+        return EagleTreeDrafter(drafter.cfg, total=total, depth=depth - 1)
+    return drafter
 
 
 def plain_texts(
@@ -205,9 +227,7 @@ def measure_method(
     ``plain`` is that of :func:`plain_texts`.
     """
     drafter, params = make_drafter(drafter_name(settings, method, seed), model)
-    if method == "medusa" and isinstance(drafter, MedusaDrafter):
-        paths = (p for p in EAGLE_25.paths if len(p) <= drafter.cfg.num_heads)
-        drafter = dataclasses.replace(drafter, tree=tree_from_paths(paths))
+    drafter = reshaped(method, drafter)
     row: dict[str, Any] = {
         "evaluation": evaluation,
         "shared_head": isinstance(drafter, MedusaDrafter) and drafter.cfg.shared_head,
@@ -247,7 +267,7 @@ def open_folder(settings: Settings, model: Model) -> pathlib.Path:
     folder = pathlib.Path(settings.folder)
     run_folder.open_folder(folder)
     kept = dataclasses.asdict(settings) | {"weights": weights_hash(model.params)}
-    for name in ("methods", "seeds", "folder"):
+    for name in ("methods", "seeds", "folder", "label"):
         del kept[name]
     kept = json.loads(json.dumps(kept))  # as it is read back
     path = folder / "settings.json"
@@ -358,6 +378,7 @@ def main(_: Sequence[str]) -> None:
     answers = statements.answer(rows, SPECULATIVE, len(settings.seeds))
     print(statements.show(answers))
     name = f"speculative_{pathlib.Path(settings.model).name.replace('-', '_')}"
+    name += f"_{settings.label}" if settings.label else ""
     path = record.save(
         name,
         rows,
@@ -385,6 +406,7 @@ def define_flags() -> None:
         "variant", "", "Ending of the heads' configs: smollm2 takes configs/clover_smollm2.py."
     )
     flags.DEFINE_integer("speed_prompts", 3, "Prompts that are timed at batch 1.")
+    flags.DEFINE_string("label", "", "Ending of the result's name.")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,15 @@ def _per_pass(a: str, b: str, factor: float = 1.0) -> Test:
     return at_least(a, b, "tokens_per_pass@0", factor)
 
 
+def _more_accurate(a: str, b: str) -> Test:
+    def test(rows: dict[str, Row], seed: int) -> bool:
+        return value(rows[a]["accuracy"], "top1/head1", seed) > value(
+            rows[b]["accuracy"], "top1/head1", seed
+        )
+
+    return test
+
+
 def _cheaper(rows: dict[str, Row], seed: int) -> bool:
     # Both fill the same tree, so they draft the same levels.
     return value(rows["clover"], "draft_cost", seed) < value(rows["eagle-like"], "draft_cost", seed)
@@ -76,6 +85,26 @@ SPECULATIVE: tuple[Statement, ...] = (
         "Clover takes more tokens per pass than Token Recycling",
         ("clover", "recycling"),
         _per_pass("clover", "recycling"),
+    ),
+    Statement(
+        "EAGLE's layer is right more often than one that sees no tokens",
+        ("eagle-like", "eagle-features"),
+        _more_accurate("eagle-like", "eagle-features"),
+    ),
+    Statement(
+        "EAGLE's layer is right more often than one that sees no features",
+        ("eagle-like", "eagle-tokens"),
+        _more_accurate("eagle-like", "eagle-tokens"),
+    ),
+    Statement(
+        "EAGLE's static tree takes more tokens per pass than a chain as deep",
+        ("eagle-like", "eagle-chain"),
+        _per_pass("eagle-like", "eagle-chain"),
+    ),
+    Statement(
+        "EAGLE-2's tree takes at least as many as the static one of equal size",
+        ("eagle-2", "eagle-like"),
+        _per_pass("eagle-2", "eagle-like"),
     ),
     EXACT,
 )

@@ -22,6 +22,8 @@ from models.layers import Layer, Linear, finish, layer_specs, linear, normalize
 from models.params import ParamSpec
 from ops.tree import StaticTree
 
+READS = ("both", "features", "tokens")
+
 
 @dataclasses.dataclass(frozen=True)
 class EagleConfig:
@@ -32,23 +34,37 @@ class EagleConfig:
         v_weight, p_weight: weights of the regression and of the soft cross-entropy.
         noise: half-width of the uniform noise on input features, for sequences of 512; it scales
             as 512 over the length.
+        reads: ``both``, or ``features`` or ``tokens`` alone: ablations that see zeros in place of
+            the other.
+
+    Raises:
+        ValueError: another word for what it reads.
     """
 
     input_norm: bool = False
     v_weight: float = 1.0
     p_weight: float = 0.1
     noise: float = 0.1
+    reads: str = "both"
+
+    def __post_init__(self):
+        if self.reads not in READS:
+            raise ValueError(f"unknown input {self.reads!r}: choose one of {', '.join(READS)}.")
 
 
 @struct.dataclass
 class Params:
-    """``fc`` maps [embedding; feature] to the width; ``input_norm`` may be missing."""
+    """``fc`` maps [embedding; feature] to the width; ``input_norm`` may be missing.
+
+    ``reads`` is that of :class:`EagleConfig`.
+    """
 
     fc: Any
     attn: Any
     mlp_norm: Any
     mlp: Any
     input_norm: Any = None
+    reads: str = struct.field(pytree_node=False, default="both")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +99,7 @@ def specs(cfg: EagleConfig, target: decoder.Config) -> Params:
         ParamSpec((width,), ("embed",), FanIn(2 * width)),
     )
     input_norm = layer.attn_norm if cfg.input_norm else None
-    return Params(fc, layer.attn, layer.mlp_norm, layer.mlp, input_norm)
+    return Params(fc, layer.attn, layer.mlp_norm, layer.mlp, input_norm, cfg.reads)
 
 
 def forward(
@@ -106,6 +122,10 @@ def forward(
         row = jnp.arange(features.shape[1], dtype=jnp.int32)[None]
         step = Step(jnp.broadcast_to(row, features.shape[:2]))
     policy = DensePolicy()
+    if params.reads == "features":
+        embeds = jnp.zeros_like(embeds)
+    elif params.reads == "tokens":
+        features = jnp.zeros_like(features)
     x = linear(jnp.concatenate([embeds, features], axis=-1), params.fc)
     q, k, v, normed = _project(params, cfg, x)
     mixed = policy.attend(

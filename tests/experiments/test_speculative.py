@@ -14,8 +14,12 @@ from experiments import measure, replay, speculative
 from experiments.exactness import is_exact
 from experiments.speculative_statements import SPECULATIVE
 from experiments.statements import answer
+from inference.drafters.eagle import EagleDrafter
+from inference.drafters.eagle_tree import EagleTreeDrafter
 from inference.drafters.registry import make_drafter
+from models.eagle import EagleConfig
 from models.load import Model
+from ops.tree import EAGLE_25
 
 
 def settings(place: pathlib.Path, **changes: Any) -> speculative.Settings:
@@ -38,6 +42,7 @@ def settings(place: pathlib.Path, **changes: Any) -> speculative.Settings:
         "draft_vocab": None,
         "variant": "",
         "speed_prompts": 1,
+        "label": "",
     }
     return speculative.Settings(**values | changes)
 
@@ -72,6 +77,18 @@ def test_the_comparison_runs_and_goes_on_where_it_was(
     again = speculative.run(settings(folder))
     assert made == [("none", 1)]
     assert [r["tokens_per_pass@1"] for r in again] == [r["tokens_per_pass@1"] for r in rows]
+
+
+def test_methods_may_share_heads_and_differ_in_their_trees(folder: pathlib.Path) -> None:
+    eagle = EagleDrafter(EagleConfig())
+    chain = speculative.reshaped("eagle-chain", eagle)
+    assert (chain.width, chain.max_depth) == (EAGLE_25.max_depth + 1, EAGLE_25.max_depth)
+    grown = speculative.reshaped("eagle-2", eagle)
+    assert (grown.width, grown.max_depth) == (eagle.width, eagle.max_depth)
+    assert isinstance(grown, EagleTreeDrafter)
+    assert speculative.reshaped("eagle-like", eagle) is eagle
+    names = {speculative.drafter_name(settings(folder), m, 0) for m in ("eagle-like", "eagle-2")}
+    assert len(names) == 1
 
 
 def test_a_folder_keeps_to_its_settings(

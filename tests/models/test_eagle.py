@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from inference.cache import init_cache
 from models import eagle, params
@@ -42,6 +43,25 @@ def test_input_norm_is_a_choice() -> None:
     assert eagle.specs(CFG, TARGET).input_norm is None
     with_norm = eagle.specs(eagle.EagleConfig(input_norm=True), TARGET)
     assert params.count(with_norm) == params.count(eagle.specs(CFG, TARGET)) + TARGET.hidden_size
+
+
+@pytest.mark.parametrize("reads", ["both", "features", "tokens"])
+def test_an_ablation_sees_one_input_alone(reads: str) -> None:
+    p = params.init(eagle.specs(eagle.EagleConfig(reads=reads), TARGET), jax.random.key(0))
+    given = jax.random.normal(jax.random.key(1), (2, 1, 5, TARGET.hidden_size))
+    other = jax.random.normal(jax.random.key(2), (2, 1, 5, TARGET.hidden_size))
+
+    def differs(features: jax.Array, embeds: jax.Array) -> bool:
+        out = eagle.forward(p, TARGET, features, embeds)[0]
+        return bool(jnp.any(out != eagle.forward(p, TARGET, given[0], given[1])[0]))
+
+    assert differs(other[0], given[1]) == (reads != "tokens")
+    assert differs(given[0], other[1]) == (reads != "features")
+
+
+def test_an_unknown_input_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown input 'nothing': choose one of both, features"):
+        eagle.EagleConfig(reads="nothing")
 
 
 def test_flops_by_hand() -> None:

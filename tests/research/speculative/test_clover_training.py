@@ -352,3 +352,17 @@ def test_save_and_load(tmp_path: pathlib.Path) -> None:
         load_settings(place, "clover", TARGET)
     with pytest.raises(FileNotFoundError, match="trained drafter"):
         load_settings(tmp_path, "clover", TARGET)
+
+
+def test_eagles_loss_of_the_truth_is_the_entropy_of_the_target():
+    target = jax.random.normal(jax.random.key(0), (2, 7, 8))
+    rows = jax.random.normal(jax.random.key(1), (11, 8))
+    mask = jnp.ones((2, 7)).at[1, 4:].set(0)
+    loss, (v, p) = objective.eagle_loss(eagle.EagleConfig(), target, target, rows, mask)
+    laws = jax.nn.softmax(target @ rows.T)
+    entropy = -jnp.sum(laws * jnp.log(laws), axis=-1)
+    assert v == 0
+    np.testing.assert_allclose(p, jnp.sum(entropy * mask) / mask.sum(), rtol=1e-4)
+    np.testing.assert_allclose(loss, 0.1 * p, rtol=1e-6)
+    worse = objective.eagle_loss(eagle.EagleConfig(), target + 0.3, target, rows, mask)[1]
+    assert worse[0] > 0 and worse[1] > p
