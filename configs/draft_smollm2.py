@@ -4,7 +4,8 @@ r"""A draft model distilled from SmolLM2-135M-Instruct: 11M parameters, 9.4M of 
         --count=1200 --prompt_tokens=128 --max_new_tokens=192 --batch=32 --out=runs/hidden/smollm2
     python -m train --config=configs/draft_smollm2.py --workdir=runs/draft_smollm2
 
-Minutes and expected numbers: not measured yet.
+Minutes on 2 cores: about 55 at the 4 seconds that an update takes alone, 174 beside other work.
+Expected: `agreement` 0.30, `acceptance` 0.27.
 """
 
 from configs import defaults
