@@ -284,9 +284,11 @@ def summaries(
     for name, (drafter, params) in sides.items():
         made = measure.generate(model, drafter, params, given, settings.new_tokens, 0.0, 0)
         exact = measure.exactness(model, given, made.tokens, [None] * len(given))
-        cost = measure.draft_cost(model, drafter, params, given[0])
         mine = [r for r in rows if r["kind"] == "side" and r["drafter"] == name]
         greedy = {r["category"]: r for r in mine if r["temperature"] == 0}
+        cost = own_layers(list(greedy.values()))
+        if not cost:
+            cost = measure.draft_cost(model, drafter, params, given[0])
         per_pass = float(np.mean([r["tokens_per_pass"] for r in greedy.values()]))
         averaged = AVERAGED if set(AVERAGED) <= greedy.keys() else tuple(greedy)
         named = [greedy[c] for c in averaged]
@@ -300,7 +302,7 @@ def summaries(
                 "lengths": drafter.lengths if isinstance(drafter, LookupDrafter) else None,
                 "tokens_per_pass": per_pass,
                 "draft_cost": cost,
-                "param_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
+                "param_bytes": sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params)),
                 "state_bytes": max(r["state_bytes"] for r in mine),
                 "exactness": dataclasses.asdict(exact),
                 "modelled": {f"{c:g}": per_pass / (c + cost) for c in RATIOS},
@@ -312,6 +314,15 @@ def summaries(
             }
         )
     return out
+
+
+def own_layers(rows: Sequence[dict[str, Any]]) -> float:
+    """What a draft takes if the model drafts for itself: the layers it ran, as passes over all.
+
+    Reading tokens out is not counted. 0 for other drafters.
+    """
+    shares = [row["layer_passes"] * row["tokens_per_pass"] - 1 for row in rows]
+    return max(0.0, round(float(np.mean(shares)), 6))
 
 
 def _best(rows: dict[str, dict[str, Any]], name: str, seed: int) -> float:

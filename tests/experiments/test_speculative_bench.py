@@ -79,6 +79,13 @@ def test_statements_look_at_the_best_drafter():
     assert statements.answer(rows, bench.STATEMENTS, 1)[1]["holds"] is None
 
 
+def test_layers_that_draft_are_what_the_rounds_ran_beyond_their_passes():
+    # Two rounds for three tokens; each ran half as many layers again for its draft.
+    row = {"tokens_per_pass": 1.5, "layer_passes": 2 * 1.5 / 3}
+    assert bench.own_layers([row]) == 0.5
+    assert bench.own_layers([{"tokens_per_pass": 3.0, "layer_passes": 1 / 3}]) == 0
+
+
 def test_what_prompts_teach_is_there_for_the_next_ones(
     folder: pathlib.Path, model: Model, monkeypatch: pytest.MonkeyPatch
 ):
