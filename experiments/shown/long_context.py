@@ -190,6 +190,7 @@ def figures(result: str, kinds: Sequence[str] = ("loss", "task")) -> tuple[Figur
 METHODS = "context_methods"
 ATTENTION = "long_context_records_11m_attention"
 SMOLLM2 = "long_context_smollm2_135m_smollm2_loss"
+SMOLLM2_PASSKEY = "long_context_smollm2_135m_smollm2_passkey"
 SMOLLM2_32K = "long_context_smollm2_135m_32k"
 BASELINES = ("dense", "window")
 GIRAFFE = (
@@ -223,6 +224,7 @@ TABLES = (
     *tables("methods", METHODS),
     *tables("records", ATTENTION, ("attention",)),
     *tables("smollm2", SMOLLM2, ("loss",)),
+    *tables("smollm2-passkey", SMOLLM2_PASSKEY, ("task",)),
     *tables("smollm2-32k", SMOLLM2_32K, ("loss",)),
     Statements("context-statements", PAGE, METHODS),
     *pages("giraffe", GIRAFFE, context_statements.GIRAFFE, ("lines-short",)),
@@ -232,5 +234,6 @@ TABLES = (
 FIGURES = (
     *figures(METHODS),
     *figures(SMOLLM2, ("loss",)),
+    *figures(SMOLLM2_PASSKEY, ("task",)),
     *figures(SMOLLM2_32K, ("loss",)),
 )
