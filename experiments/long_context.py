@@ -134,12 +134,11 @@ def measure_loss(
 
     def measured(name: str, length: int) -> dict[str, Any]:
         model, policy = policies[name]
-        nats, excess, recalls = [], [], []
+        nats, excess = [], []
         for tokens, reference in zip(windows, references, strict=True):
-            values, recall = window_nats(model, policy, tokens[:, : length + 1], batch)
+            values = window_nats(model, policy, tokens[:, : length + 1], batch)
             nats.append(values)
             excess.append(values - reference[:, :length])
-            recalls.append(recall)
         return {
             "kind": "loss",
             "policy": name,
@@ -148,7 +147,6 @@ def measure_loss(
             "nats": _by_bucket(nats, width),
             "excess": _by_bucket(excess, width),
             "mean": record.sample([float(x.mean()) for x in nats]),
-            "recall": None if None in recalls else record.sample(recalls),
         }
 
     rows = []
