@@ -5,4 +5,6 @@ def races_found() -> bool:
     """Whether it saw one since its state was last reset; its flag has no public name."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
-    return interpret_pallas_call.races.races_found
+    races = interpret_pallas_call.races
+    assert races is not None, "nothing was interpreted strictly"
+    return races.races_found
