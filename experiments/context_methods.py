@@ -107,7 +107,7 @@ def choose_rates(settings: Settings) -> dict[str, dict[str, Any]]:
             ids = ids or model.tokenizer.encode(read_text(settings.text, "validation"))
             windows = cut_windows(ids, settings.windows, settings.choose_length, seed=1000)
             name = form.replace("DIR", str(place))
-            _, policy = long_context.load_policies([name], model)[name]
+            _, policy = long_context.load_policies([name], model, settings.choose_length)[name]
             losses[rate] = float(window_nats(model, policy, windows, settings.batch).mean())
             print(f"{label} at rate {rate}: {losses[rate]:.3f} on validation text", flush=True)
         known[method] = {"losses": losses, "best": min(losses, key=lambda r: losses[r])}

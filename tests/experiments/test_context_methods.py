@@ -103,7 +103,7 @@ def test_the_rate_that_reads_best_is_chosen_once(
     monkeypatch.setattr(methods, "read_text", lambda *_: "")
     monkeypatch.setattr(methods, "window_nats", nats)
     monkeypatch.setattr(
-        methods.long_context, "load_policies", lambda names, model: {names[0]: (model, None)}
+        methods.long_context, "load_policies", lambda names, model, _: {names[0]: (model, None)}
     )
     chosen = methods.choose_rates(settings(tmp_path))
     assert {method: found["best"] for method, found in chosen.items()} == {

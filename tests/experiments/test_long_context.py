@@ -321,7 +321,7 @@ def test_without_windows_no_loss_is_measured(folder: pathlib.Path, monkeypatch):
 
 def test_models_with_other_tokenizers_do_not_compare(model: Model):
     with pytest.raises(ValueError, match="another tokenizer than --model"):
-        load_policies(("dense@python-1m",), model)
+        load_policies(("dense@python-1m",), model, 64)
 
 
 def test_a_page_shows_chosen_policies_by_length(monkeypatch):
