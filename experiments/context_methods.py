@@ -6,7 +6,8 @@ Every method of :mod:`experiments.context_trainings` is trained with every rate 
 the first seed; the rate whose model reads validation text of ``--choose_length`` tokens best is
 taken for the other seeds. Then all of them, and the policies that need no training, read the same
 texts and answer the same tasks (:mod:`experiments.long_context`), a seed of training with a seed of
-texts. The same command goes on where it was stopped. The corpora are those of
+texts. The same command goes on where it was stopped. ``--answer`` runs nothing: it
+answers the statements of the result anew, from its rows. The corpora are those of
 ``configs/records_lm.py`` and ``configs/giraffe.py``, and for the methods ``text`` and ``tasks``:
 
     python -m train.data.records --tokenizer=assets/python-5m --length=255 --tokens=3000000 \\
@@ -33,6 +34,9 @@ from experiments.long_context_summary import show, summarise
 from experiments.settings import from_flags
 from models.load import load
 from train.run_folder import write_json
+
+NAME = "context_methods"
+"""Of the result."""
 
 ZERO_SHOT = {
     "linear 4": "linear:4",
@@ -103,8 +107,8 @@ def choose_rates(settings: Settings) -> dict[str, dict[str, Any]]:
             ids = ids or model.tokenizer.encode(read_text(settings.text, "validation"))
             windows = cut_windows(ids, settings.windows, settings.choose_length, seed=1000)
             name = form.replace("DIR", str(place))
-            _, policy = long_context.load_policies([name], model)[name]
-            losses[rate] = float(window_nats(model, policy, windows, settings.batch)[0].mean())
+            _, policy = long_context.load_policies([name], model, settings.choose_length)[name]
+            losses[rate] = float(window_nats(model, policy, windows, settings.batch).mean())
             print(f"{label} at rate {rate}: {losses[rate]:.3f} on validation text", flush=True)
         known[method] = {"losses": losses, "best": min(losses, key=lambda r: losses[r])}
         write_json(path, known)
@@ -214,9 +218,27 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     return rows
 
 
+def answered(rows: Sequence[dict[str, Any]], seeds: int) -> list[dict[str, Any]]:
+    """The statements of the protocols, answered by the rows of a result."""
+    flat = context_statements.rows_by_method(rows)
+    return statements.answer(flat, context_statements.STATEMENTS, seeds)
+
+
+def answer_again(folder: pathlib.Path | None) -> None:
+    """Answer the statements of a result from its rows, print and save."""
+    result = record.load(NAME, folder)
+    answers = answered(result["rows"], len(result["seeds"]))
+    print(statements.show(answers))
+    print("saved", record.restate(NAME, answers, folder))
+
+
 def main(_: Sequence[str]) -> None:
     """Run with the flags' settings, print and save."""
     logging.set_verbosity(logging.WARNING)
+    folder = pathlib.Path(flags.FLAGS.out) if flags.FLAGS.out else None
+    if flags.FLAGS.answer:
+        answer_again(folder)
+        return
     settings = from_flags(Settings)
     try:
         settings = settings.checked()
@@ -226,15 +248,12 @@ def main(_: Sequence[str]) -> None:
         rows = run(settings)
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         raise SystemExit(f"error: {error}") from error
-    flat = context_statements.rows_by_method(rows)
-    answers = statements.answer(flat, context_statements.STATEMENTS, len(settings.seeds))
+    answers = answered(rows, len(settings.seeds))
     print(show(rows))
     print(statements.show(answers))
-    folder = pathlib.Path(flags.FLAGS.out) if flags.FLAGS.out else None
     path = record.save(
-        "context_methods", rows, config=settings, seeds=settings.seeds, statements=answers,
-        folder=folder,
-    )  # fmt: skip
+        NAME, rows, config=settings, seeds=settings.seeds, statements=answers, folder=folder
+    )
     print("saved", path)
 
 
@@ -257,6 +276,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("batch", 8, "Rows of a pass.", lower_bound=1)
     flags.DEFINE_integer("jobs", 1, "Trainings or evaluations at a time.", lower_bound=1)
     flags.DEFINE_integer("evaluate_seed", -1, "Only evaluate this seed's models.")
+    flags.DEFINE_bool("answer", False, "Only answer the statements of the result, from its rows.")
     flags.DEFINE_float("loss_threshold", 0.05, "Nats above the loss in range that still count.")
     flags.DEFINE_float("accuracy_threshold", 0.8, "Share of the accuracy in range that counts.")
     flags.DEFINE_string("out", "", "Folder of the result; default: the committed ones.")

@@ -40,6 +40,7 @@ from experiments.long_context_tasks import (
     make_task_set,
 )
 from experiments.settings import from_flags
+from inference.checks import check_reach
 from inference.policies.registry import make_policy
 from models.load import Model, load
 from train.data.long_tasks.qa_items import load_items
@@ -85,11 +86,12 @@ def all_policies(settings: Settings, trained: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*baselines, *settings.policies)))
 
 
-def load_policies(names: Sequence[str], base: Model) -> dict[str, tuple[Model, Any]]:
+def load_policies(names: Sequence[str], base: Model, longest: int) -> dict[str, tuple[Model, Any]]:
     """The model and policy of each name: ``POLICY`` on ``base``, or ``POLICY@MODEL``.
 
     Raises:
-        ValueError: an unknown policy, one that does not fit its model, or another tokenizer.
+        ValueError: an unknown policy, one that does not fit its model or whose positions end before
+            the ``longest`` text, or another tokenizer.
         FileNotFoundError: there is no such model.
     """
     models = {"": base}
@@ -104,6 +106,7 @@ def load_policies(names: Sequence[str], base: Model) -> dict[str, tuple[Model, A
                     "compare."
                 )
         found[name] = models[place], make_policy(policy, models[place].cfg)
+        check_reach(found[name][1], longest, f"the longest text for {name!r}")
     return found
 
 
@@ -134,12 +137,11 @@ def measure_loss(
 
     def measured(name: str, length: int) -> dict[str, Any]:
         model, policy = policies[name]
-        nats, excess, recalls = [], [], []
+        nats, excess = [], []
         for tokens, reference in zip(windows, references, strict=True):
-            values, recall = window_nats(model, policy, tokens[:, : length + 1], batch)
+            values = window_nats(model, policy, tokens[:, : length + 1], batch)
             nats.append(values)
             excess.append(values - reference[:, :length])
-            recalls.append(recall)
         return {
             "kind": "loss",
             "policy": name,
@@ -148,7 +150,6 @@ def measure_loss(
             "nats": _by_bucket(nats, width),
             "excess": _by_bucket(excess, width),
             "mean": record.sample([float(x.mean()) for x in nats]),
-            "recall": None if None in recalls else record.sample(recalls),
         }
 
     rows = []
@@ -246,7 +247,7 @@ def run(settings: Settings, keep: str = "") -> list[dict[str, Any]]:
         raise ValueError("neither windows of text nor tasks are asked for: give one of them.")
     check_batches(settings.windows, min(settings.windows, settings.batch) or 1)
     names = all_policies(settings, trained)
-    policies = load_policies(names, model)
+    policies = load_policies(names, model, max(settings.lengths))
     text = read_text(settings.text)
     encoder = PromptEncoder(model.tokenizer, settings.chat)
     sets: list[TaskSet] = []

@@ -3,7 +3,7 @@
 Any policy can be asked, because attention is linear in the values: with values that are 1 on the
 evidence and 0 elsewhere, what a head mixes for the last token of a prompt is the share of its
 attention that the evidence gets. What a sparse policy keeps of dense attention is another number,
-which policies report themselves (``experiments.long_context_loss.reported_recall``).
+see :mod:`research.context.qwen25_1m.retention`.
 """
 
 import functools

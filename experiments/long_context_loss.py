@@ -3,7 +3,7 @@
 import functools
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -62,8 +62,8 @@ def cut_windows(
 @functools.partial(jax.jit, static_argnames="cfg")
 def position_nats(
     params: decoder.Params, cfg: decoder.Config, policy: Any, tokens: Int[Array, "b window"]
-) -> tuple[Float[Array, "b t"], Any]:
-    """Nats of every token but the first, and what the policy reports of its layers.
+) -> Float[Array, "b t"]:
+    """Nats of every token but the first.
 
     One program for each length and structure of a policy. Rotations that depend on the length are
     those of the whole window.
@@ -89,18 +89,7 @@ def position_nats(
         return jnp.moveaxis(x.reshape(rows, length // size, size, *x.shape[2:]), 1, 0)
 
     chunks = jax.lax.map(nats, (split(out.hidden), split(targets)))
-    return jnp.moveaxis(chunks, 0, 1).reshape(rows, length), out.aux
-
-
-def reported_recall(aux: Any) -> float | None:
-    """The mean share of attention mass that a policy kept, if it says so.
-
-    A policy reports by returning ``aux={"recall": ...}`` from ``attend``, an array of any shape in
-    [0, 1]; the decoder stacks it over the layers.
-    """
-    if not isinstance(aux, Mapping) or aux.get("recall") is None:
-        return None
-    return float(jnp.mean(aux["recall"]))
+    return jnp.moveaxis(chunks, 0, 1).reshape(rows, length)
 
 
 def check_batches(windows: int, batch: int) -> None:
@@ -111,22 +100,20 @@ def check_batches(windows: int, batch: int) -> None:
 
 def window_nats(
     model: Model, policy: Any, windows: Int32[np.ndarray, "count tokens"], batch: int
-) -> tuple[Float[np.ndarray, "count t"], float | None]:
-    """Nats by window and position, and the reported recall, ``batch`` windows at a time.
+) -> Float[np.ndarray, "count t"]:
+    """Nats by window and position, ``batch`` windows at a time.
 
     Raises:
         ValueError: see :func:`check_batches`.
     """
     check_batches(len(windows), batch)
-    parts, recalls = [], []
+    parts = []
     for start in range(0, len(windows), batch):
-        nats, aux = position_nats(
+        nats = position_nats(
             model.params, model.cfg, policy, jnp.asarray(windows[start : start + batch])
         )
         parts.append(np.asarray(nats, np.float64))
-        recalls.append(reported_recall(aux))
-    kept = [recall for recall in recalls if recall is not None]
-    return np.concatenate(parts), float(np.mean(kept)) if kept else None
+    return np.concatenate(parts)
 
 
 def in_range_nats(
@@ -144,7 +131,7 @@ def in_range_nats(
     starts = [*range(0, length - trained, half), length - trained]
     for start in starts:
         piece = windows[:, start : start + trained + 1]
-        values, _ = window_nats(model, policy, piece, batch)
+        values = window_nats(model, policy, piece, batch)
         new = 0 if start == 0 else trained - half
         nats[:, start + new : start + trained] = values[:, new:]
     return nats

@@ -69,7 +69,6 @@ def _loss_summary(rows: Sequence[Row], policy: str, short: int, long: int, thres
         "effective": _effective(
             [mine[n]["excess"][-1] for n in lengths], lengths, lambda x: x <= threshold
         ),
-        "recall": mine[long]["recall"],
     }
 
 

@@ -134,6 +134,19 @@ def save(
         "statements": list(statements),
         "rows": list(rows),
     }
+    return _write(name, result, folder)
+
+
+def restate(name: str, statements: Sequence[dict[str, Any]], folder: Path | None = None) -> Path:
+    """Give a result other ``statements``, answered by its rows; all else stays as it was measured.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`load`.
+    """
+    return _write(name, load(name, folder) | {"statements": list(statements)}, folder)
+
+
+def _write(name: str, result: dict[str, Any], folder: Path | None) -> Path:
     folder = RESULTS if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"

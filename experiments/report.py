@@ -60,7 +60,8 @@ class Statements:
             words = {True: "holds", False: "**does not hold**", None: "not measured"}
             seeds = answer["seeds"]
             count = f" in the mean, {sum(seeds)} of {len(seeds)} seeds" if len(seeds) > 1 else ""
-            lines.append(f"- {words[answer['holds']]}{count}: {answer['statement']}")
+            told = f" ({answer['numbers']})" if "numbers" in answer else ""
+            lines.append(f"- {words[answer['holds']]}{count}{told}: {answer['statement']}")
         return "\n".join(lines)
 
 

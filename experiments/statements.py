@@ -14,11 +14,12 @@ Test = Callable[[dict[str, Row], int], bool]
 
 @dataclasses.dataclass(frozen=True)
 class Statement:
-    """What is said, the methods it is about, and how it is tested."""
+    """What is said, the methods it is about, how it is tested, and which means that compares."""
 
     text: str
     methods: tuple[str, ...]
     test: Test
+    numbers: Callable[[dict[str, Row]], str] | None = None
 
 
 def value(row: Row, name: str, seed: int) -> float:
@@ -36,6 +37,8 @@ def answer(
 ) -> list[dict[str, Any]]:
     """Every statement with ``holds`` and ``seeds``, one each; None if what it needs is missing.
 
+    Statements that tell the ``numbers`` they compare have them, too.
+
     Args:
         rows: with ``method`` as their name.
         statements: what is to be answered.
@@ -44,13 +47,16 @@ def answer(
     by = {row["method"]: row for row in rows}
     answers: list[dict[str, Any]] = []
     for statement in statements:
+        told: dict[str, Any] = {}
         try:
             if not set(statement.methods) <= by.keys():
                 raise KeyError(statement.methods)
             held, each = statement.test(by, -1), [statement.test(by, s) for s in range(seeds)]
+            if statement.numbers is not None:
+                told = {"numbers": statement.numbers(by)}
         except KeyError:  # a method, or a number of one, was not measured
             held, each = None, []
-        answers.append({"statement": statement.text, "holds": held, "seeds": each})
+        answers.append({"statement": statement.text, "holds": held, "seeds": each, **told})
     return answers
 
 
@@ -60,5 +66,6 @@ def show(answers: Sequence[dict[str, Any]]) -> str:
     lines = []
     for a in answers:
         seeds = f" ({sum(a['seeds'])} of {len(a['seeds'])} seeds)" if a["seeds"] else ""
-        lines.append(f"{words[a['holds']]:14} {a['statement']}{seeds}")
+        told = f" ({a['numbers']})" if "numbers" in a else ""
+        lines.append(f"{words[a['holds']]:14} {a['statement']}{seeds}{told}")
     return "\n".join(lines)

@@ -16,6 +16,16 @@ def check_context(prompt: int, new: int, limit: int) -> None:
         )
 
 
+def check_reach(policy: Any, length: int, asked: str) -> None:
+    """Raise ValueError if a policy's positions end before ``length``, which ``asked`` names."""
+    reach = getattr(policy, "max_length", None)
+    if reach is not None and length > reach:
+        raise ValueError(
+            f"{asked} is {length}, and the policy's positions end at {reach} tokens: ask for no "
+            "more, or train them for longer texts."
+        )
+
+
 def check_prompts(
     prompts: Prompts,
     max_new_tokens: int,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from inference.cache import Cache, check_capacity, init_cache
-from inference.checks import check_context, check_drafts, check_prompts
+from inference.checks import check_context, check_drafts, check_prompts, check_reach
 from inference.drafter import (
     Context,
     Drafter,
@@ -70,8 +70,8 @@ class Engine:
             that the drafter asks for. Each is one more copy of the layers to compile.
         rule: verification rule in place of the drafter's own (``typical`` is lossy).
         prefill_size: tokens per prefill chunk.
-        context_limit: longest text; default the config's ``max_length``. A policy that has a
-            ``max_length`` of its own bounds it.
+        context_limit: longest text; default the config's ``max_length``, or the policy's own if
+            that is less. More than the policy's is refused.
     """
 
     params: Any
@@ -341,8 +341,11 @@ class Engine:
         seeds: Sequence[int] | None = None,
     ) -> None:
         """Raise ValueError for what :meth:`generate` would refuse."""
-        limit = self.cfg.max_length if self.context_limit is None else self.context_limit
-        limit = min(limit, getattr(self.policy, "max_length", limit))
+        limit = self.context_limit
+        if limit is None:
+            own = getattr(self.policy, "max_length", None)
+            limit = self.cfg.max_length if own is None else min(own, self.cfg.max_length)
+        check_reach(self.policy, limit, "context_limit")
         check_prompts(prompts, max_new_tokens, seeds, self.cfg.vocab_size, limit)
 
 

@@ -69,7 +69,10 @@ class Attended:
 
 @runtime_checkable
 class AttentionPolicy(Protocol):
-    """How queries meet keys; see the module docstring."""
+    """How queries meet keys; see the module docstring.
+
+    A policy whose positions end somewhere says so by a ``max_length``; None or none: they do not.
+    """
 
     def per_layer(self, num_layers: int) -> Any:
         """A pytree with a leading layer axis, sliced for ``attend``; None if layers are alike."""
@@ -164,7 +167,7 @@ class PositionScheme(Protocol):
     """A way to rotate that is no setting of the model: a pytree whose numbers are data.
 
     :class:`DensePolicy` asks it in place of the config's own rotation, so frequencies may be
-    learned, and another scale is no other program.
+    learned, and another scale is no other program. One that ends somewhere has a ``max_length``.
     """
 
     def rope(self, cfg: Any, step: Step, has_cache: bool) -> Rope:
@@ -222,6 +225,11 @@ class DensePolicy:
     scheme: Any = None  # a PositionScheme
     implementation: str = struct.field(pytree_node=False, default="auto")
     blocks: BlockSizes | None = struct.field(pytree_node=False, default=None)
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest text that the scheme has positions for, if it ends somewhere."""
+        return getattr(self.scheme, "max_length", None)
 
     def per_layer(self, num_layers: int) -> Int[Array, " layers"] | None:
         """The windows.

@@ -211,13 +211,30 @@ def encode(
         x = x + jnp.repeat(params.axis_embed, cfg.max_digits, axis=0)[None]
     last = jnp.broadcast_to(params.last[None, None], (x.shape[0], 1, cfg.width))
     x = jnp.concatenate([x, last], axis=1)
-    seen = jnp.pad(real, ((0, 0), (0, 1)), constant_values=True) if cfg.mask_padding else None
+    seen = visible_tokens(cfg, real)
     keys = [None] * cfg.layers if key is None else list(jax.random.split(key, cfg.layers))
     for i, layer_key in enumerate(keys):
         layer = jax.tree.map(lambda leaf, i=i: leaf[i], params.layers)
         x = _layer(layer, cfg, x, seen, layer_key, only_last=i == cfg.layers - 1)
     out = linear(normalize(x[:, -1], params.final_norm, cfg.block.norm_eps), params.out)
     return (out / cfg.temperature).reshape(*lead, cfg.out)
+
+
+def visible_tokens(
+    cfg: Config, real: Bool[Array, "rows digits"]
+) -> Bool[Array, "rows tokens"] | None:
+    """Which tokens may be seen: all (None), or the ``real`` digits and the last token."""
+    return jnp.pad(real, ((0, 0), (0, 1)), constant_values=True) if cfg.mask_padding else None
+
+
+def token_mask(
+    cfg: Config, seen: Bool[Array, "rows tokens"] | None, only_last: bool = False
+) -> AttentionMask:
+    """What the tokens of a position see of each other.
+
+    The last token sees all others, so for it alone nothing is masked but padding.
+    """
+    return AttentionMask(k_valid=seen, causal=cfg.causal and not only_last)
 
 
 def _layer(
@@ -228,14 +245,11 @@ def _layer(
     key: Key[Array, ""] | None,
     only_last: bool,
 ) -> Float[Array, "rows s width"]:
-    """One block; ``only_last`` computes the last token alone, which is all that is read in the end.
-
-    The last token sees all others, so nothing is masked for it but padding.
-    """
+    """One block; ``only_last`` computes the last token alone, all that is read in the end."""
     q, k, v, _ = project(layer, cfg.block, x, lambda name, value: None)
     if only_last:
         x, q = x[:, -1:], q[:, -1:]
-    mask = AttentionMask(k_valid=seen, causal=cfg.causal and not only_last)
+    mask = token_mask(cfg, seen, only_last)
     # Rows are a handful of tokens: the plain path serves them best everywhere.
     mixed = attention(q, k, v, mask=mask, implementation="xla")
     keys = iter([] if key is None else jax.random.split(key, 2))

@@ -97,13 +97,13 @@ def test_the_rate_that_reads_best_is_chosen_once(
     def nats(model: Any, policy: Any, windows: Any, batch: int) -> Any:
         asked.append(model.place)
         rate = next(rate for rate in losses if f"/{rate}/" in model.place)
-        return windows[:, :1] * 0.0 + losses[rate], None
+        return windows[:, :1] * 0.0 + losses[rate]
 
     monkeypatch.setattr(methods, "load", Read)
     monkeypatch.setattr(methods, "read_text", lambda *_: "")
     monkeypatch.setattr(methods, "window_nats", nats)
     monkeypatch.setattr(
-        methods.long_context, "load_policies", lambda names, model: {names[0]: (model, None)}
+        methods.long_context, "load_policies", lambda names, model, _: {names[0]: (model, None)}
     )
     chosen = methods.choose_rates(settings(tmp_path))
     assert {method: found["best"] for method, found in chosen.items()} == {
@@ -182,6 +182,40 @@ def test_statements_read_the_last_bucket_of_each_length():
     by_method = context_statements.rows_by_method(list(rows.values()))
     answers = statements.answer(by_method, context_statements.STATEMENTS, 1)
     assert {a["statement"]: a["holds"] for a in answers}[below] is False
+
+
+def test_the_committed_answers_are_those_of_the_committed_rows():
+    result = record.load(methods.NAME)
+    assert result["statements"] == methods.answered(result["rows"], len(result["seeds"]))
+
+
+def test_a_comparison_tells_the_pair_that_decides():
+    rows = {n: {"x": record.sample([v])} for n, v in (("a", 1.0), ("b", 1.5), ("c", 3.0))}
+    pairs = [context_statements.of("a", b, "x") for b in "bc"]
+    for rule, holds, numbers in (
+        (context_statements.less(), True, "closest of 2: 1.00 against 1.50"),
+        (context_statements.within(0.5), False, "furthest off of 2: 1.00 against 3.00"),
+        (context_statements.less(1.0), False, "furthest off of 2: 1.00 against 1.50"),
+    ):
+        said = context_statements.compared("said", "abc", rule, *pairs)
+        assert said.test(rows, -1) is holds and said.numbers
+        assert said.numbers(rows) == numbers
+    bound = context_statements.to("a", "x", 1.5)
+    above = context_statements.compared("said", "a", context_statements.at_most(), bound)
+    assert above.test(rows, 0) and above.numbers and above.numbers(rows) == "1.00 against 1.50"
+
+
+def test_orders_are_compared_at_every_measured_length():
+    def row(*numbers: float) -> dict[str, Any]:
+        names = ("loss@8", "lines@8", "loss@16", "lines@16")
+        return {n: record.sample([v]) for n, v in zip(names, numbers, strict=True)}
+
+    rows = {"a": row(1.0, 0.9, 1.0, 0.2), "b": row(2.0, 0.5, 2.0, 0.4), "c": row(3.0, 0.5, 3.0, 0)}
+    said = context_statements.orders_differ("said", "abc", "lines")
+    assert said.test(rows, -1) and said.numbers
+    assert said.numbers(rows) == "of 3 pairs 0 at 8, 1 at 16"
+    rows["a"]["lines@16"] = record.sample([0.5])
+    assert not said.test(rows, -1)
 
 
 def test_methods_name_only_labels_that_the_statements_know():

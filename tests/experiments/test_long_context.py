@@ -43,13 +43,13 @@ def ids(model: Model) -> list[int]:
 # Loss.
 def test_nats_by_position_are_those_of_the_logits(model: Model, ids: list[int]):
     windows = cut_windows(ids, 2, 48, 0)
-    got, recall = window_nats(model, decoder.default_policy(model.cfg), windows, 2)
+    got = window_nats(model, decoder.default_policy(model.cfg), windows, 2)
     out = decoder.forward(model.params, model.cfg, jnp.asarray(windows[:, :-1]))
     logits = np.asarray(decoder.unembed(model.params, model.cfg, out.hidden), np.float64)
     laws = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     want = -np.take_along_axis(laws, windows[:, 1:, None], 2)[..., 0]
     np.testing.assert_allclose(got, want, atol=1e-3)
-    assert got.shape == (2, 48) and recall is None
+    assert got.shape == (2, 48)
 
 
 def test_tokens_in_range_have_half_of_the_trained_length_before_them(model: Model, ids: list[int]):
@@ -57,14 +57,14 @@ def test_tokens_in_range_have_half_of_the_trained_length_before_them(model: Mode
     windows = cut_windows(ids, 2, 40, 1)
     policy = decoder.default_policy(model.cfg)
     got = in_range_nats(model, windows, 16, 2)
-    first, _ = window_nats(model, policy, windows[:, :17], 2)
-    second, _ = window_nats(model, policy, windows[:, 8:25], 2)
-    last, _ = window_nats(model, policy, windows[:, 24:41], 2)
+    first = window_nats(model, policy, windows[:, :17], 2)
+    second = window_nats(model, policy, windows[:, 8:25], 2)
+    last = window_nats(model, policy, windows[:, 24:41], 2)
     np.testing.assert_allclose(got[:, :16], first, atol=1e-4)
     np.testing.assert_allclose(got[:, 16:24], second[:, 8:], atol=1e-4)
     np.testing.assert_allclose(got[:, 32:], last[:, 8:], atol=1e-4)
     whole = in_range_nats(model, windows, 500, 2)
-    np.testing.assert_allclose(whole, window_nats(model, policy, windows, 2)[0], atol=1e-4)
+    np.testing.assert_allclose(whole, window_nats(model, policy, windows, 2), atol=1e-4)
 
 
 def test_windows_are_seeded_and_distinct(ids: list[int]):
@@ -148,7 +148,6 @@ def loss(policy: str, length: int, excess: float) -> dict[str, Any]:
     return {
         "kind": "loss", "policy": policy, "length": length, "edges": [length // 2, length],
         "nats": nats, "excess": [sample(0.0, 0.0), sample(excess, excess)], "mean": nats[0],
-        "recall": None,
     }  # fmt: skip
 
 
@@ -322,7 +321,7 @@ def test_without_windows_no_loss_is_measured(folder: pathlib.Path, monkeypatch):
 
 def test_models_with_other_tokenizers_do_not_compare(model: Model):
     with pytest.raises(ValueError, match="another tokenizer than --model"):
-        load_policies(("dense@python-1m",), model)
+        load_policies(("dense@python-1m",), model, 64)
 
 
 def test_a_page_shows_chosen_policies_by_length(monkeypatch):

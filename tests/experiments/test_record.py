@@ -19,6 +19,16 @@ def test_a_result_comes_back_with_its_facts(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["trial.json"], "no temporary file is left"
 
 
+def test_statements_are_answered_again_and_all_else_stays(tmp_path):
+    old = [{"statement": "x", "holds": False, "seeds": []}]
+    record.save("trial", [{"a": 1}], config={}, seeds=[0], statements=old, folder=tmp_path)
+    before = record.load("trial", tmp_path)
+    record.restate("trial", [{"statement": "y", "holds": True, "seeds": []}], tmp_path)
+    after = record.load("trial", tmp_path)
+    assert after.pop("statements")[0]["statement"] == "y" and before.pop("statements") == old
+    assert after == before and list(after) == list(before)
+
+
 @pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf]])
 def test_numbers_that_were_not_measured_are_refused(values):
     with pytest.raises(ValueError, match="finite samples"):

@@ -77,13 +77,13 @@ def test_committed_tables_and_figures_are_current():
 
 def test_statements_are_listed_with_their_answers(scratch):
     answers = [
-        {"statement": "it works", "holds": True, "seeds": [True, False]},
+        {"statement": "it works", "holds": True, "seeds": [True, False], "numbers": "2 against 1"},
         {"statement": "it is fast", "holds": False, "seeds": [False]},
         {"statement": "it is cheap", "holds": None, "seeds": []},
     ]
     record.save("said", [], config={}, seeds=[0, 1], statements=answers, folder=record.RESULTS)
     assert report.Statements("s", "page.md", "said").render().splitlines() == [
-        "- holds in the mean, 1 of 2 seeds: it works",
+        "- holds in the mean, 1 of 2 seeds (2 against 1): it works",
         "- **does not hold**: it is fast",
         "- not measured: it is cheap",
     ]

@@ -6,7 +6,7 @@ import pytest
 
 from experiments import record
 from experiments.speculative_statements import SPECULATIVE
-from experiments.statements import answer
+from experiments.statements import Statement, answer, show
 
 
 def row(method: str, per_pass: list[float], **accuracy: list[float]) -> dict[str, Any]:
@@ -47,6 +47,19 @@ def test_statements_follow_from_the_numbers() -> None:
     regression = got["regression helps"]
     assert regression["holds"] and regression["seeds"] == [False, True]
     assert got["every greedy text is exact"]["holds"]
+
+
+def test_numbers_are_told_behind_a_statement_that_has_them() -> None:
+    def positive(rows: dict[str, Any], seed: int) -> bool:
+        return rows["a"]["x"] > 0
+
+    told = Statement("x is positive", ("a",), positive, lambda rows: f"{rows['a']['x']} against 0")
+    silent = Statement("x is positive, too", ("a",), positive)
+    got = answer([{"method": "a", "x": 2}], (told, silent), 1)
+    assert got[0]["numbers"] == "2 against 0" and "numbers" not in got[1]
+    assert show(got).splitlines()[0].endswith("x is positive (1 of 1 seeds) (2 against 0)")
+    (unknown,) = answer([], (told,), 1)
+    assert unknown == {"statement": "x is positive", "holds": None, "seeds": []}
 
 
 def test_what_was_not_measured_is_not_answered() -> None:

@@ -74,6 +74,10 @@ def test_digits_and_vectors(name: str) -> None:
     digits, real = seqpe.position_digits(positions, cfg.max_digits)
     np.testing.assert_array_equal(digits, data["digits"])
     np.testing.assert_array_equal(real, data["pad_mask"].astype(bool))
+    mask = seqpe.token_mask(cfg, seqpe.visible_tokens(cfg, real))
+    tokens = data["attn_mask"].shape[-1]
+    visible = np.broadcast_to(mask.dense(tokens, tokens)[:, 0], data["attn_mask"].shape)
+    np.testing.assert_array_equal(visible, data["attn_mask"].astype(bool))
     found = jax.jit(seqpe.encode, static_argnums=1)(weights(data, cfg.layers), cfg, positions)
     np.testing.assert_allclose(found, data["pe"], atol=2e-5)
 

@@ -28,7 +28,7 @@ class CLEX:
     n is the row's text length: ``step.lengths``, which while generating is the final length of the
     request, or else the last position and 1. Keys are cached raw and all rotated at each step, so
     that they agree with the queries whatever t is. Lengths beyond the largest factor get its
-    frequencies, at positions that go on; :attr:`max_length` is the limit to give to an engine.
+    frequencies, at positions that go on; an engine refuses them by :attr:`max_length`.
     """
 
     table: Any  # (max_factor, rotary_dim / 2): frequencies at t = 1, 2, ...

@@ -19,6 +19,7 @@ from ops.attention.tpu_decode import decode_attention, decode_block
 from ops.attention.tpu_prefill import prefill_attention
 from ops.platform import target
 from tests.ops.attention.cases import BF16_CASES, CASES, AttentionCases, reference, tensors
+from tests.ops.races import races_found
 
 
 class TestInterpret(AttentionCases):
@@ -28,7 +29,7 @@ class TestInterpret(AttentionCases):
 @pytest.mark.parametrize("kernel", [prefill_attention, decode_attention])
 @pytest.mark.parametrize("name", ["packed", "long_chunk", "unseen_rows", "tree"])
 def test_strict_interpretation(kernel, name):
-    """Either kernel on the same cases, with poisoned memory and checked bounds."""
+    """Either kernel on the same cases: poisoned memory, checked bounds, races looked for."""
     sizes, mask = CASES[name]
     if mask.tree is not None and kernel is prefill_attention:
         pytest.skip("the prefill kernel refuses trees, see test_refusals")
@@ -39,6 +40,7 @@ def test_strict_interpretation(kernel, name):
             lambda *args: kernel(*args, 0.2, block_kv=128, interpret=strict)
         )(q, k, v, mask)  # fmt: skip
         jax.block_until_ready(out)
+        assert not races_found()
     finally:
         pltpu.reset_tpu_interpret_mode_state()
     wanted, wanted_lse = reference(q, k, v, mask, 0.2)

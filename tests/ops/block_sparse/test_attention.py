@@ -108,6 +108,31 @@ def test_a_plan_of_everything_is_dense_attention():
         np.testing.assert_allclose(ours, want, atol=1e-6)
 
 
+def test_blocks_that_are_not_listed_are_skipped():
+    """Their values are NaN, which a weight of zero would let through."""
+    rng = np.random.default_rng(0)
+    blocks, own, stride = 16, 14, 256  # queries of the last two blocks
+    t, s = 2 * BLOCK, blocks * BLOCK
+    q = rng.normal(size=(3, 1, t, HEADS, WIDTH)).astype(np.float32)
+    k, v = (rng.normal(size=(1, s, GROUPS, WIDTH)).astype(np.float32) for _ in "kv")
+    at = (own * BLOCK + np.arange(t))[None]
+    starts = np.array([[0, own, own], [0, own, own + 1]]) * BLOCK
+    counts, columns = np.array([2, 3]), np.array([[5 * BLOCK, 5 * BLOCK + 9]] * 2)
+    fields = (starts, starts + BLOCK, counts, columns, np.array([2, 2]))
+    plan = SparsePlan(
+        *(jnp.asarray(np.broadcast_to(x, (1, HEADS, *x.shape)), jnp.int32) for x in fields)
+    )
+    mask = np.asarray(attended(plan, jnp.asarray(at), s))
+    slots = np.arange(s)
+    poisoned = ~np.isin(slots, columns[0]) & ~np.isin(slots // BLOCK, [0, own, own + 1])
+    want = expected(q, k, v, at, mask, stride)
+    k[:, poisoned] = v[:, poisoned] = np.nan
+    got = compiled(stride, "xla")(*map(jnp.asarray, (q, k, v, at)), plan)
+    for ours, wanted in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours, wanted, atol=3e-6)
+    assert np.isnan(expected(q, k, v, at, mask, stride)[0]).all()
+
+
 def empty_plan(t: int = 64, heads: int = HEADS) -> SparsePlan:
     lists, counts = jnp.zeros((1, heads, -(-t // BLOCK), 2), jnp.int32), jnp.zeros((1, heads, 1))
     return SparsePlan(lists, lists, counts.astype(jnp.int32), lists, counts.astype(jnp.int32))

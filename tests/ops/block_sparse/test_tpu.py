@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ops.block_sparse import BLOCK, SparsePlan
 from ops.block_sparse.tpu import RANGES, attend_plan
+from tests.ops.races import races_found
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
 
@@ -136,13 +137,6 @@ def test_keys_that_no_list_shows_change_no_bit():
     dirty = run(q, dirty_k, jnp.where(seen[..., None], v, 1e4), at, plan, stride)
     for a, b in zip(clean, dirty, strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
-def races_found() -> bool:
-    """Whether the interpreter saw a race; its flag has no public name."""
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
-    return interpret_pallas_call.races.races_found
 
 
 @pytest.mark.parametrize("name", ["two_chunks", "slots_off_the_grid"])

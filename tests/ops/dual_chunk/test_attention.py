@@ -70,6 +70,24 @@ def test_ragged_rows_equal_the_pairs(stride, t, starts):
     assert_close(got, expected(q, clean, v, at, slots, visible, stride))
 
 
+def test_blocks_after_the_last_query_of_a_tile_are_skipped():
+    """Values there are NaN, which a weight of zero would let through."""
+    t, s, rows, block = 90, 320, 40, 16
+    q, k, v = tensors(1, t, s)
+    at = np.arange(t, dtype=np.int32)[None]
+    run = ordered(48, rows, block)
+    want = run(q, k, v, at, np.array([t], np.int32))
+    for tile in range(3):
+        end = min((tile + 1) * rows, t)
+        dirty_k, dirty_v = k.copy(), v.copy()
+        unread = -(-end // block) * block
+        dirty_k[:, unread:] = dirty_v[:, unread:] = np.nan
+        got = run(q, dirty_k, dirty_v, at, np.array([t], np.int32))
+        here = slice(tile * rows, end)
+        assert_close([x[:, here] for x in got], [x[:, here] for x in want])
+        assert np.isnan(got[0][:, end:]).all()
+
+
 def test_one_row_equals_itself_in_a_batch():
     q, k, v = tensors(3, 70, 80)
     at = np.array([[0], [4], [10]], np.int32) + np.arange(70, dtype=np.int32)

@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from ops.dual_chunk import dual_chunk_attention
 from ops.dual_chunk.tpu import attend_kernel
 from ops.platform import target
+from tests.ops.races import races_found
 
 STRIDE = 128
 TOLERANCE = {jnp.float32: 5e-6, jnp.bfloat16: 2e-2}
@@ -96,6 +97,7 @@ def test_strict_interpretation(t):
     try:
         call = jax.jit(lambda *x: attend_kernel(*x, STRIDE, 0.125, interpret=strict))
         got = jax.block_until_ready(call(q, k, v, at, lengths))
+        assert not races_found()
     finally:
         pltpu.reset_tpu_interpret_mode_state()
     wanted = run(q, k, v, at, lengths, "reference")

@@ -8,14 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.long_context import load_policies
+from inference.cache import DenseLayer
 from inference.policies.positions_file import read_positions, write_positions
 from inference.policies.registry import make_policy
+from inference.policies.split_tree import split_tree
 from models import clex, decoder
 from models.attention import Step
 from models.load import load
+from models.params import init
 from models.positions import rope_theta
 from models.sharding import make_mesh
-from research.context.clex.scheme import CLEX, check_model, draw_scheme, make_scheme
+from research.context.clex.scheme import CLEX, check_model, describe, draw_scheme, make_scheme
 from tests.inference.models import config as decoder_config
 from tests.inference.models import engine
 from tests.models import tiny
@@ -106,6 +110,37 @@ def test_cached_keys_are_raw_and_turn_with_the_queries():
         np.testing.assert_allclose(q[0, 0], k[0, 20], atol=1e-6)
 
 
+def test_a_layer_whose_factor_changes_equals_one_that_starts_anew():
+    """Raw keys cached under one factor, all turned by the next: what a fresh pass mixes."""
+    rng, total, cached = np.random.default_rng(0), 20, 16
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(1, total, heads, CFG.head_dim)), jnp.float32)
+        for heads in (CFG.num_heads, CFG.num_kv_heads, CFG.num_kv_heads)
+    )
+    policy = decoder.default_policy(CFG, clex_scheme())
+    row = jnp.arange(total, dtype=jnp.int32)[None]
+
+    def attend(start, stop, cache):
+        step = Step(
+            row[:, start:stop],
+            start=jnp.asarray([start], jnp.int32),
+            slot_positions=row,
+            lengths=jnp.asarray([stop], jnp.int32),
+        )
+        new_q, new_k, new_v = (x[:, start:stop] for x in (q, k, v))
+        shared = policy.prepare(CFG, step)
+        return policy.attend(None, shared, new_q, new_k, new_v, None, step, cache)
+
+    empty = DenseLayer(*(jnp.zeros((1, CFG.num_kv_heads, total, CFG.head_dim)) for _ in "kv"))
+    first = attend(0, cached, empty)
+    second = attend(cached, total, first.cache)
+    whole = Step(row, lengths=jnp.asarray([total], jnp.int32))
+    want = policy.attend(None, policy.prepare(CFG, whole), q, k, v, None, whole, None).out
+    np.testing.assert_allclose(second.out, want[:, cached:], atol=1e-5)
+    # The factors do differ: what was mixed under the first is not what the second would give.
+    assert np.abs(first.out - want[:, :cached]).max() > 1e-2
+
+
 def test_queries_are_scaled_by_length_if_asked():
     step = Step(jnp.zeros((2, 1), jnp.int32), lengths=jnp.asarray([16, 40], jnp.int32))
     scale = clex_scheme(log_scale=True).rope(CFG, step, False).q_scale
@@ -113,14 +148,28 @@ def test_queries_are_scaled_by_length_if_asked():
     assert clex_scheme().rope(CFG, step, False).q_scale is None
 
 
-def test_an_engine_refuses_texts_without_a_factor():
-    """The limit that the scheme tells, given to the engine."""
+def test_texts_without_a_factor_are_refused():
+    """The policy hands the scheme's limit on, to the engine and to the long-context harness."""
+    policy = decoder.default_policy(CFG, clex_scheme())
+    assert policy.max_length == split_tree(policy).max_length == 64 < CFG.max_length
+    assert decoder.default_policy(CFG).max_length is None
+    for limit in (None, 64):
+        with pytest.raises(ValueError, match="beyond the context of 64"):
+            engine(policy=policy, context_limit=limit).generate([[1] * 60], 20)
+    longer = engine(policy=policy, context_limit=65)
+    with pytest.raises(ValueError, match=r"context_limit is 65, .* positions end at 64 tokens"):
+        longer.generate([[1] * 6], 2)
 
-    scheme = clex_scheme()
-    assert scheme.max_length == 64
-    eng = engine(policy=decoder.default_policy(CFG, scheme), context_limit=scheme.max_length)
-    with pytest.raises(ValueError, match="64"):
-        eng.generate([[1] * 60], 20)
+
+def test_the_harness_refuses_lengths_without_a_factor(tmp_path: pathlib.Path):
+    base = load("records-11m")
+    ode = clex.CLEXConfig(base.cfg.rotary_dim, base.cfg.rope_base, 256, 4, time_dt=0.5)
+    params = init(clex.specs(ode), jax.random.key(0))
+    write_positions(tmp_path, "clex", describe(params, ode))
+    name = f"clex:{tmp_path}"
+    assert load_policies([name], base, 1024)[name][1].max_length == 1024
+    with pytest.raises(ValueError, match=r"longest text for 'clex:.*' is 1025, .* end at 1024"):
+        load_policies([name], base, 1025)
 
 
 def test_the_ode_of_another_model_is_refused():
