@@ -39,12 +39,16 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Statements:
-    """What a result's protocol says must hold, each with its answer; ``chosen`` texts, or all."""
+    """What a result's protocol says must hold, each with its answer; ``chosen`` texts, or all.
+
+    ``unit`` says what the samples are.
+    """
 
     name: str
     document: str
     result: str
     chosen: tuple[str, ...] = ()
+    unit: str = "seeds"
 
     def render(self) -> str:
         """The statements as a Markdown list.
@@ -59,7 +63,9 @@ class Statements:
         for answer in (answers[text] for text in self.chosen or answers):
             words = {True: "holds", False: "**does not hold**", None: "not measured"}
             seeds = answer["seeds"]
-            count = f" in the mean, {sum(seeds)} of {len(seeds)} seeds" if len(seeds) > 1 else ""
+            count = (
+                f" in the mean, {sum(seeds)} of {len(seeds)} {self.unit}" if len(seeds) > 1 else ""
+            )
             told = f" ({answer['numbers']})" if "numbers" in answer else ""
             lines.append(f"- {words[answer['holds']]}{count}{told}: {answer['statement']}")
         return "\n".join(lines)

@@ -167,15 +167,15 @@ def tables(name: str, result: str) -> tuple[Rendered, ...]:
     """The tables of one model's result, by the first part of their names."""
     return (
         Table(f"{name}-summary", PAGE, result, SUMMARY_HEADER, summary_row, kind("summary")),
-        Statements(f"{name}-statements", PAGE, result),
+        Statements(f"{name}-statements", PAGE, result, unit="repeats"),
         Table(f"{name}-sides", PAGE, result, SIDE_HEADER, side_row, kind("side")),
-        Table(f"{name}-batch", PAGE, result, BATCH_HEADER, batch_row, kind("batch")),
     )
 
 
 TABLES: tuple[Rendered, ...] = (
     *tables("bench", SMOLLM2),
     *tables("bench-python", PYTHON),
+    Table("bench-python-batch", PAGE, PYTHON, BATCH_HEADER, batch_row, kind("batch")),
     Table("bench-cost", PAGE, SMOLLM2, COST_HEADER, cost_row, kind("cost")),
     Table(
         "bench-layout",
