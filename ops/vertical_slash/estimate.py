@@ -50,8 +50,9 @@ def column_and_diagonal_mass(
         return jax.lax.map(lambda one: of_head(one, keys), queries)
 
     # One head after the other: the weights of 64 queries at a million keys are 256 MiB a head.
-    columns, diagonals = jax.lax.map(of_group, (jnp.arange(g, dtype=jnp.int32), grouped))
-    return tuple(jnp.moveaxis(x.reshape(h, b, s), 0, 1) for x in (columns, diagonals))
+    both = jax.lax.map(of_group, (jnp.arange(g, dtype=jnp.int32), grouped))
+    columns, diagonals = (jnp.moveaxis(x.reshape(h, b, s), 0, 1) for x in both)
+    return columns, diagonals
 
 
 def _diagonal_sums(weights: Float[Array, "b n s"]) -> Float[Array, "b s"]:

@@ -61,7 +61,9 @@ def test_mass_takes_the_memory_of_one_head():
         q, k = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
         at, valid = jax.ShapeDtypeStruct((1, 64), jnp.int32), jax.ShapeDtypeStruct((1, 64), bool)
         run = jax.jit(functools.partial(column_and_diagonal_mass, stride=160, scale=1.0))
-        return run.lower(q, k, at, valid).compile().memory_analysis().temp_size_in_bytes
+        memory = run.lower(q, k, at, valid).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     scores = 4 * 64 * 16 * S
     assert temporaries(32) - temporaries(2) < 2 * scores
