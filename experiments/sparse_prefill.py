@@ -290,7 +290,8 @@ def main(_: Sequence[str]) -> None:
     answers = statements.answer(rows, STATEMENTS, len(settings.seeds))
     print(show(rows))
     print(statements.show(answers))
-    name = f"sparse_prefill_{pathlib.Path(settings.model).name.replace('-', '_')}"
+    label = f"_{flags.FLAGS.label}" if flags.FLAGS.label else ""
+    name = f"sparse_prefill_{pathlib.Path(settings.model).name.replace('-', '_')}{label}"
     path = record.save(name, rows, config=settings, seeds=settings.seeds, statements=answers)
     print("saved", path)
 
@@ -307,6 +308,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("step", 256, "What a refinement adds to both budgets.")
     flags.DEFINE_integer("cap", 3000, "The largest budgets of refinement.")
     flags.DEFINE_float("scale", 0.125, "Factor on the published candidates, for shorter texts.")
+    flags.DEFINE_string("label", "", "Ending of the result's name.")
 
 
 if __name__ == "__main__":

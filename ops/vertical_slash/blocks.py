@@ -59,8 +59,9 @@ def _ranges(
         begin = jnp.maximum(wanted - BLOCK, reached)
         real = (found < none) & (begin < end) & (begin <= last[:, None]) & (segment <= INTRA)
         place = (*lanes, jnp.where(real, count, most))
-        starts = starts.at[place].set(begin, mode="drop")
-        stops = stops.at[place].set(jnp.minimum(begin + BLOCK, end), mode="drop")
+        hints = dict(mode="drop", indices_are_sorted=True, unique_indices=True)
+        starts = starts.at[place].set(begin, **hints)
+        stops = stops.at[place].set(jnp.minimum(begin + BLOCK, end), **hints)
         segment = jnp.where(real, segment, jnp.minimum(segment + 1, INTRA + 1))
         reached = jnp.where(real, begin + BLOCK, bases[segment, row])
         return segment, reached, starts, stops, count + real
@@ -81,7 +82,7 @@ def _columns(
     where: Geometry,
 ) -> tuple[Int[Array, "b h n V"], Int[Array, "b h n"]]:
     """Columns outside the ranges of their block that one of its queries can see."""
-    b, h, n, most = starts.shape
+    n, most = starts.shape[2:]
     big = jnp.iinfo(jnp.int32).max
     meant = jnp.arange(most, dtype=jnp.int32)[None, None, None] < counts[..., None]
     begun = jnp.where(meant, starts, big)
@@ -91,12 +92,8 @@ def _columns(
     filled, last = _last_rows(where, n)
     kept = (columns[:, :, None] <= last[:, None, :, None]) & filled[:, None, :, None]
     kept &= ~((index >= 0) & inside)
-    place = jnp.where(kept, jnp.cumsum(kept, axis=-1) - 1, columns.shape[-1])
-    lanes = jnp.ix_(*(jnp.arange(size, dtype=jnp.int32) for size in (b, h, n)))
-    listed = jnp.zeros(kept.shape, jnp.int32)
-    value = jnp.broadcast_to(columns[:, :, None], kept.shape)
-    listed = listed.at[(*(lane[..., None] for lane in lanes), place)].set(value, mode="drop")
-    return listed, kept.sum(axis=-1, dtype=jnp.int32)
+    listed = jnp.sort(jnp.where(kept, columns[:, :, None], big), axis=-1)
+    return jnp.where(listed < big, listed, 0), kept.sum(axis=-1, dtype=jnp.int32)
 
 
 def _last_begun(starts: Int[Array, " r"], slots: Int[Array, " v"]) -> Int[Array, " v"]:

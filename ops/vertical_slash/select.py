@@ -38,14 +38,17 @@ def raised(vertical: Int[Array, "*heads"]) -> Int[Array, "*heads"]:
 def keep_columns(
     mass: Float[Array, "b h s"], budget: Int[Array, "#b h"], end: Int[Array, " b"], most: int
 ) -> Int[Array, "b h V"]:
-    """The `budget` columns with the largest mass before `end`, the first 30 among them.
+    """The `budget` columns with the largest mass before `end`, ascending, the first 30 among them.
 
     V is the smaller of `most` and s; places beyond the budget or the text hold s.
     """
-    s = mass.shape[-1]
+    b, h, s = mass.shape
     slots = jnp.arange(s, dtype=jnp.int32)[None, None]
     mass = jnp.where(slots < SINK, CERTAIN - slots, mass)
-    return _largest(mass, budget, end, most)
+    upto = jnp.cumsum(_largest(mass, budget, end, most), axis=-1, dtype=jnp.int32)
+    rank = jnp.arange(1, min(most, s) + 1, dtype=jnp.int32)
+    find = jax.vmap(lambda lane: jnp.searchsorted(lane, rank).astype(jnp.int32))
+    return find(upto.reshape(b * h, s)).reshape(b, h, -1)
 
 
 def keep_diagonals(
@@ -55,7 +58,7 @@ def keep_diagonals(
     s = mass.shape[-1]
     distance = end[:, None, None] - 1 - jnp.arange(s, dtype=jnp.int32)[None, None]
     mass = jnp.where((distance >= 0) & (distance < LOCAL), CERTAIN - distance, mass)
-    return marks(_largest(mass, budget, end, most), s)
+    return _largest(mass, budget, end, most)
 
 
 def marks(slots: Int[Array, "*lists n"], s: int) -> Bool[Array, "*lists {s}"]:
@@ -102,11 +105,25 @@ def by_segment(
     return Selection(columns=jnp.where(again, s, columns), diagonals=marked)
 
 
-def _largest(mass, budget, end, most):
-    s = mass.shape[-1]
-    slots = jnp.arange(s, dtype=jnp.int32)[None, None]
-    mass = jnp.where(slots < end[:, None, None], mass, -1.0)
-    _, chosen = jax.lax.top_k(mass, min(most, s))
-    rank = jnp.arange(chosen.shape[-1], dtype=jnp.int32)[None, None]
-    kept = (rank < budget[..., None]) & (chosen < end[:, None, None])
-    return jnp.where(kept, chosen, s)
+def _largest(
+    mass: Float[Array, "b h s"], budget: Int[Array, "#b h"], end: Int[Array, " b"], most: int
+) -> Bool[Array, "b h s"]:
+    """The `budget` largest before `end`, at most `most`; of equals, those of the lowest slots.
+
+    The bits of floats of 0 or more are ordered as the floats are, so the smallest mass that is
+    kept is found bit by bit, in fewer passes than a sort of a long text takes.
+    """
+    slots = jnp.arange(mass.shape[-1], dtype=jnp.int32)[None, None]
+    bits = jax.lax.bitcast_convert_type(mass, jnp.int32)
+    bits = jnp.where(slots < end[:, None, None], bits, -1)
+    wanted = jnp.minimum(jnp.minimum(budget, most), end[:, None])[..., None]
+
+    def settle(i, least):
+        tried = least | (1 << (30 - i))
+        enough = jnp.sum(bits >= tried, axis=-1, keepdims=True, dtype=jnp.int32) >= wanted
+        return jnp.where(enough, tried, least)
+
+    least = jax.lax.fori_loop(0, 31, settle, jnp.zeros_like(bits[..., :1]))
+    above, equal = bits > least, bits == least
+    room = wanted - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
+    return above | (equal & (jnp.cumsum(equal, axis=-1, dtype=jnp.int32) <= room))

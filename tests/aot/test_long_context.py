@@ -14,6 +14,7 @@ from ops.attention import AttentionMask, alibi, attention, temperature, window_d
 from ops.block_sparse import SparsePlan
 from ops.block_sparse.tpu import FETCHED, GATHERED_BYTES, attend_plan, launches_of
 from ops.dual_chunk import dual_chunk_attention
+from ops.vertical_slash import vertical_slash_plan
 from tests.aot import CHIPS, compile_for, figures
 
 pytestmark = pytest.mark.aot
@@ -24,6 +25,8 @@ PIECE, HEADS, GROUPS, WIDTH = 32768, 28, 4, 128
 STRIDE = 262144 - 8192
 LENGTHS = {"32k": 32768, "128k": 131072, "1M": 1048576}
 RANGES, COLUMNS = 1024, 1024
+MOST = (1024, 8192)
+"""Bounds of budgets, as the policy has them by default."""
 
 
 def compile_dense(chip, t, s, h=HEADS, g=GROUPS, d=WIDTH, dtype=BF16, stride=STRIDE, b=1):
@@ -54,6 +57,17 @@ def compile_sparse(
     plan = SparsePlan(starts, starts, S((b, h, n), I32), single, S((b, h, n), I32))
     keys = S((b, g, s, d), dtype)
     return compile_for(chip, call, S((3, b, t, h, d), dtype), keys, keys, S((b, t), I32), plan)
+
+
+def compile_plan(chip, t, s, h=HEADS, g=GROUPS, d=WIDTH, dtype=BF16, stride=STRIDE, b=1):
+    """What makes a plan from queries and keys: the estimate, the selection, the lists."""
+
+    def call(q, k, first, counts, vertical, slash):
+        k = jnp.swapaxes(k, 1, 2)
+        return vertical_slash_plan(q, k, first, counts, vertical, slash, stride=stride, most=MOST)
+
+    keys, row, heads = S((b, g, s, d), dtype), S((b,), I32), S((b, h), I32)
+    return compile_for(chip, call, S((3, b, t, h, d), dtype), keys, row, row, heads, heads)
 
 
 def shown(name: str, compiled: Any, times: int = 1) -> dict[str, float]:
@@ -87,6 +101,15 @@ def test_dense_and_sparse_prefill_of_a_7b_model(name):
     if name == "1M":
         assert sparse["flops"] < 0.1 * dense["flops"]
         assert sparse["bytes_accessed"] < dense["bytes_accessed"]
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_plan_of_a_7b_model(name):
+    plan = shown(f"plan {name}", compile_plan("v5p", PIECE, LENGTHS[name]))
+    # The lists are most of it; scores of all heads at once would be 7 GiB at 1M tokens.
+    assert plan["temporary_bytes"] < 3 * 2**30
+    lists = HEADS * (PIECE // 64) * (2 * LENGTHS[name] // 64 + MOST[0]) * 4
+    assert plan["output_bytes"] == pytest.approx(lists, rel=0.1)
 
 
 def test_long_lists_of_a_7b_model_move_more_than_dense():

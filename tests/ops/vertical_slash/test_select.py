@@ -10,6 +10,7 @@ from ops.block_sparse import attended, block_sparse_attention
 from ops.dual_chunk import dual_chunk_attention
 from ops.vertical_slash import geometry, raised, select, vertical_slash_plan
 from ops.vertical_slash.estimate import column_and_diagonal_mass
+from ops.vertical_slash.select import keep_columns, keep_diagonals
 
 HEADS, GROUPS, WIDTH, S = 4, 2, 8, 640
 
@@ -52,6 +53,43 @@ def test_mass_is_the_softmax_summed_down_columns_and_along_diagonals(stride):
         shift = 63 - i
         diagonals[:, :, shift:] += weights[:, :, i, : S - shift]
     np.testing.assert_allclose(got[1], diagonals, atol=1e-5)
+
+
+def test_mass_takes_the_memory_of_one_head():
+    def temporaries(heads: int) -> int:
+        shapes = ((3, 1, 64, heads, WIDTH), (1, 16 * S, heads // 2, WIDTH))
+        q, k = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+        at, valid = jax.ShapeDtypeStruct((1, 64), jnp.int32), jax.ShapeDtypeStruct((1, 64), bool)
+        run = jax.jit(functools.partial(column_and_diagonal_mass, stride=160, scale=1.0))
+        memory = run.lower(q, k, at, valid).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    scores = 4 * 64 * 16 * S
+    assert temporaries(32) - temporaries(2) < 2 * scores
+
+
+@pytest.mark.parametrize("most", [40, 1000])
+def test_kept_are_the_first_of_a_stable_sort(most):
+    """Many masses are equal, among them the smallest that is kept."""
+    rng = np.random.default_rng(0)
+    mass = rng.integers(0, 6, (3, HEADS, S)) / 8
+    budget, end = np.array([1, 31, 150, 700]), np.array([S, 333, 1])
+    slots = np.arange(S)
+    given = jnp.asarray(mass, jnp.float32), jnp.asarray(budget[None]), jnp.asarray(end), most
+    columns, diagonals = np.asarray(keep_columns(*given)), np.asarray(keep_diagonals(*given))
+    assert columns.shape[-1] == min(most, S)
+    for row, head in np.ndindex(3, HEADS):
+        count = min(budget[head], end[row], most)
+        distance = end[row] - 1 - slots
+        for always, got in (
+            (np.where(slots < 30, 100 - slots, 0), columns[row, head]),
+            (np.where(distance < 100, 200 - distance, 0), np.flatnonzero(diagonals[row, head])),
+        ):
+            order = np.argsort(-(mass[row, head] + always)[: end[row]], kind="stable")
+            want = np.sort(order[:count])
+            np.testing.assert_array_equal(got[: len(want)], want)
+            assert np.all(got[len(want) :] == S)
 
 
 @functools.cache
