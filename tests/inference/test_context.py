@@ -94,7 +94,7 @@ def compiled_round(many: ShardedEngine) -> tuple[Any, Any]:
     state, seeds = many.start(prompts(*LENGTHS), NEW, sampling)
     with jax.set_mesh(many.mesh):
         lowered = decode_rounds.lower(
-            many.params, many.cfg, decoder.default_policy(many.cfg), many.drafter,
+            many.params, many.cfg, many.policy or decoder.default_policy(many.cfg), many.drafter,
             many.drafter_params, state, seeds, sampling, jnp.zeros((0,), jnp.int32),
             jnp.asarray(1, jnp.int32), extent=state.cache.capacity, rule="greedy",
         )  # fmt: skip
