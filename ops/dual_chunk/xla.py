@@ -69,13 +69,13 @@ def all_scores(
     _, b, g, r, t, d = q.shape
     s = k.shape[2]
     block = s if s <= stride and first is None else math.gcd(s, stride)
-    first = jnp.int32(0) if first is None else first
+    origin = jnp.int32(0) if first is None else first
     if block < min(SMALLEST_BLOCK, stride):
         # Blocks of the stride's divisors do not tile the slots: score in all rotations.
         scores = jnp.einsum("xbgrtd,bgsd->xbgrts", q, k, preferred_element_type=jnp.float32)
-        which = rotation_of(q_positions[:, :, None] // stride, (first + _slots(s)) // stride)
+        which = rotation_of(q_positions[:, :, None] // stride, (origin + _slots(s)) // stride)
         return pick(scores, which[:, None, None])
-    begins = first + jnp.arange(s // block, dtype=jnp.int32) * block
+    begins = origin + jnp.arange(s // block, dtype=jnp.int32) * block
     which = rotation_of(q_positions[None] // stride, begins[:, None, None] // stride)
     rotated = pick(q[:, None], which[:, :, None, None, :, None])
     return jnp.einsum(

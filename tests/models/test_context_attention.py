@@ -161,12 +161,12 @@ def attend_chunks(q, k, v, at, lengths, stride, implementation):
     ids=["step", "piece", "keys", "queries"],
 )
 def test_dual_chunks_over_shards_that_begin_anywhere_in_a_chunk(t, s, how):
-    """The stride divides no shard, and the shorter row leaves shards empty."""
+    """The stride divides no shard, the shorter row leaves shards empty, the last slot is hidden."""
     ends = [t, s - 3]
     q, k, v = arrays(2, t, s)
     k, v = spoiled(k, v, ends)
-    lengths = jnp.asarray(ends, jnp.int32)
-    at = lengths[:, None] - t + jnp.arange(t, dtype=jnp.int32)[None]
+    lengths = jnp.asarray(ends, jnp.int32) - 1
+    at = lengths[:, None] + 1 - t + jnp.arange(t, dtype=jnp.int32)[None]
     args = jnp.stack([q, q[::-1], q[:, :, ::-1]]), k, v, at, lengths, 20, "auto"
     with jax.set_mesh(mesh_of("context=4,tensor=2")):
         got = attend_chunks(*args)
