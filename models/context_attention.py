@@ -19,6 +19,7 @@ ring do more.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,7 @@ SPLIT_FROM = 128
 
 def context_attention(
     call: Callable[..., Any],
-    q: Float[Array, "b t h d"],
+    q: Float[Array, "b t h *width"],
     k: Float[Array, "b s g d"],
     v: Float[Array, "b s g dv"],
     mask: AttentionMask,
@@ -43,11 +44,13 @@ def context_attention(
     rows: Any,
     heads: Any,
     axis: str,
-) -> Float[Array, "b t h dv"]:
+) -> tuple[Float[Array, "b t h dv"], Float[Array, "b t h"]]:
     """Attention with slots split over ``axis``, which must divide them.
 
     Args:
-        call: attention of one device, as :func:`ops.attention.attention`.
+        call: attention of one device: ``call(q, k, v, mask) -> (out, lse)``. ``q`` may have any
+            width that it takes. The mask it is given is in the indices of the slots it is given,
+            its positions are those of the whole.
         over: ``jax.shard_map`` with the mesh given.
         rows, heads: the mesh axes of rows and of heads, None if they are whole.
     """
@@ -58,7 +61,7 @@ def context_attention(
     queries = axis if split else None
     mask = mask.with_positions(t, s)
 
-    def on_device(q: Array, k: Array, v: Array, mask: AttentionMask) -> Array:
+    def on_device(q: Array, k: Array, v: Array, mask: AttentionMask) -> tuple[Array, Array]:
         if ring:
             return _keys_travel(call, q, k, v, mask, axis, count)
         return _queries_travel(call, q, k, v, mask, axis, split)
@@ -71,7 +74,7 @@ def context_attention(
             PartitionSpec(rows, axis, heads),
             _mask_specs(mask, q.shape[0], rows, axis if ring else None, axis),
         ),
-        out_specs=PartitionSpec(rows, queries, heads),
+        out_specs=(PartitionSpec(rows, queries, heads), PartitionSpec(rows, queries, heads)),
     )(q, k, v, mask)
 
 
@@ -81,8 +84,8 @@ def _bytes_of_keys(k: Array, v: Array) -> int:
 
 
 def _bytes_of_queries(q: Array, v: Array) -> int:
-    t, h, d = q.shape[1:]
-    return t * h * (d * q.dtype.itemsize + v.shape[3] * 4)
+    t, h, *width = q.shape[1:]
+    return t * h * (math.prod(width) * q.dtype.itemsize + v.shape[3] * 4)
 
 
 def _mask_specs(mask: AttentionMask, batch: int, rows: Any, queries: Any, slots: Any) -> Any:
@@ -133,24 +136,30 @@ def _queries_travel(
     mask: AttentionMask,
     axis: str,
     split: bool,
-) -> Array:
+) -> tuple[Array, Array]:
     """All queries over this device's slots, merged with those of the other devices."""
     if split:
         q = jax.lax.all_gather(q, axis, axis=1, tiled=True)
     size = k.shape[1]
     mask = of_shard(mask, jax.lax.axis_index(axis) * size, size)
-    out, lse = call(q, k, v, mask=mask, return_lse=True)
+    out, lse = call(q, k, v, mask)
     top = jax.lax.pmax(jax.lax.stop_gradient(lse), axis)
     # A shard that shows nothing has lse -inf and weight 0, also where all are such.
-    weight = jnp.exp(lse - jnp.where(top > -jnp.inf, top, 0.0))
+    top = jnp.where(top > -jnp.inf, top, 0.0)
+    weight = jnp.exp(lse - top)
     parts = (weight[..., None] * out.astype(jnp.float32), weight)
     if split:
         summed, total = (
             jax.lax.psum_scatter(x, axis, scatter_dimension=1, tiled=True) for x in parts
         )
+        count = total.shape[1]
+        top = jax.lax.dynamic_slice_in_dim(top, jax.lax.axis_index(axis) * count, count, axis=1)
     else:
         summed, total = jax.lax.psum(parts, axis)
-    return (summed / jnp.where(total > 0, total, 1.0)[..., None]).astype(q.dtype)
+    filled = total > 0
+    total = jnp.where(filled, total, 1.0)
+    lse = jnp.where(filled, top + jnp.log(total), -jnp.inf)
+    return (summed / total[..., None]).astype(q.dtype), lse
 
 
 def _keys_travel(
@@ -161,7 +170,7 @@ def _keys_travel(
     mask: AttentionMask,
     axis: str,
     count: int,
-) -> Array:
+) -> tuple[Array, Array]:
     """This device's queries over all slots, one shard after the other."""
     size, here = k.shape[1], jax.lax.axis_index(axis)
     sides = {
@@ -175,7 +184,7 @@ def _keys_travel(
         k, v, sides = held
         first = (here - step) % count * size
         part = of_shard(dataclasses.replace(mask, **sides), first, size)
-        out, lse = call(q, k, v, mask=part, return_lse=True)
+        out, lse = call(q, k, v, part)
         return out.astype(jnp.float32), lse
 
     def body(carry: Any, step: Any) -> tuple[Any, None]:
@@ -188,7 +197,8 @@ def _keys_travel(
     empty = _varying((jnp.zeros(shape), jnp.full(shape[:3], -jnp.inf)), (q, k, v))
     steps = jnp.arange(count - 1, dtype=jnp.int32)
     (held, out, lse), _ = jax.lax.scan(body, ((k, v, _varying(sides, (q, k, v))), *empty), steps)
-    return merge(out, lse, *attend(held, count - 1))[0].astype(q.dtype)
+    out, lse = merge(out, lse, *attend(held, count - 1))
+    return out.astype(q.dtype), lse
 
 
 def _varying(tree: Any, like: tuple[Array, ...]) -> Any:

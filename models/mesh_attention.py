@@ -7,14 +7,18 @@ program is traced (``jax.set_mesh``), so that nothing has to hand it down to the
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from models.context_attention import context_attention
 from models.sharding import dividing, mesh_in_force
 from ops.attention import AttentionMask, BlockSizes, attention
+from ops.dual_chunk import dual_chunk_attention, kernel_serves
 from ops.platform import target_platform
 
 
@@ -28,27 +32,87 @@ def mesh_attention(
     implementation: str = "auto",
     blocks: BlockSizes | None = None,
 ) -> Float[Array, "b t h dv"]:
-    """:func:`ops.attention.attention` under whatever mesh is in force.
+    """:func:`ops.attention.attention` under whatever mesh is in force, as :func:`over_mesh` says.
+
+    Raises:
+        ValueError: see :func:`ops.attention.attention`.
+    """
+    if implementation == "auto":
+        implementation = "tpu" if target_platform() == "tpu" else "xla"
+
+    def call(q: Array, k: Array, v: Array, mask: AttentionMask) -> tuple[Array, Array]:
+        return attention(
+            q, k, v, mask=mask, scale=scale, implementation=implementation, blocks=blocks,
+            return_lse=True,
+        )  # fmt: skip
+
+    return over_mesh(call, q, k, v, mask, implementation)[0]
+
+
+def mesh_dual_chunk_attention(
+    q: Float[Array, "3 b t h d"],
+    k: Float[Array, "b s g d"],
+    v: Float[Array, "b s g dv"],
+    q_positions: Int[Array, "b t"],
+    *,
+    stride: int,
+    lengths: Int[Array, " b"] | None = None,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "b t h dv"], Float[Array, "b t h"]]:
+    """:func:`ops.dual_chunk.dual_chunk_attention` under whatever mesh is in force.
+
+    As :func:`over_mesh` says. Where slots are split, each device picks the rotations that its own
+    want, which stand at ``first, first + 1, ...``, in XLA.
+
+    Raises:
+        ValueError: see :func:`ops.dual_chunk.dual_chunk_attention`.
+    """
+    (b, s), split = k.shape[:2], _slots_axis(k) is not None
+    if implementation == "auto":
+        implementation = "tpu" if kernel_serves(stride) and not split else "xla"
+
+    def call(q: Array, k: Array, v: Array, mask: AttentionMask) -> tuple[Array, Array]:
+        return dual_chunk_attention(
+            jnp.moveaxis(q, 3, 0), k, v, mask.q_positions, stride=stride, lengths=mask.lengths,
+            implementation=implementation, first=mask.k_positions[0, 0] if split else None,
+        )  # fmt: skip
+
+    mask = AttentionMask(
+        q_positions=q_positions,
+        lengths=jnp.full((b,), s, jnp.int32) if lengths is None else lengths,
+        causal=True,
+    )
+    # Side by side, so that the three rotations of a query are split and travel as one.
+    return over_mesh(call, jnp.moveaxis(q, 0, 3), k, v, mask, implementation)
+
+
+def over_mesh(
+    call: Callable[..., Any],
+    q: Float[Array, "b t h *width"],
+    k: Float[Array, "b s g d"],
+    v: Float[Array, "b s g dv"],
+    mask: AttentionMask,
+    implementation: str,
+) -> tuple[Float[Array, "b t h dv"], Float[Array, "b t h"]]:
+    """``call(q, k, v, mask) -> (out, lse)``, on each device's part where XLA could not divide it.
 
     Rows go over the axes of ``batch``, heads over those of ``heads`` and slots over that of
     ``length`` in the default sharding rules. For rows and heads nothing is exchanged; for slots see
     :mod:`models.context_attention`. What the axes' sizes do not divide, every device computes.
 
-    Raises:
-        ValueError: see :func:`ops.attention.attention`.
+    Args:
+        implementation: what ``call`` runs, by its name in :mod:`ops`.
     """
-    call = functools.partial(attention, scale=scale, implementation=implementation, blocks=blocks)
-    chosen = target_platform() if implementation == "auto" else implementation
-    mesh = mesh_in_force()
-    slots = None if mesh is None else dividing(mesh, "length", k.shape[1])
-    if mesh is None or (chosen not in ("tpu", "interpret") and slots is None):
-        return call(q, k, v, mask=mask)
+    mesh, slots = mesh_in_force(), _slots_axis(k)
+    if mesh is None or (implementation not in ("tpu", "interpret") and slots is None):
+        return call(q, k, v, mask)
     rows = dividing(mesh, "batch", q.shape[0])
     heads = dividing(mesh, "heads", math.gcd(q.shape[2], k.shape[2]))
     # The interpreter's own loops do not type what varies between devices.
-    over = functools.partial(jax.shard_map, mesh=mesh, check_vma=chosen != "interpret")
+    checked = implementation != "interpret"
+    over = functools.partial(jax.shard_map, mesh=mesh, check_vma=checked)
     if slots is not None:
-        return context_attention(call, q, k, v, mask, over, rows, heads, slots[0])
+        return context_attention(call, q, k, v, mask, over, rows, heads, slots)
     placed = PartitionSpec(rows, None, heads)
 
     def of_mask(x: Array) -> PartitionSpec:
@@ -56,7 +120,14 @@ def mesh_attention(
         return PartitionSpec(rows) if x.ndim and x.shape[0] == q.shape[0] else PartitionSpec()
 
     return over(
-        lambda q, k, v, mask: call(q, k, v, mask=mask),
+        call,
         in_specs=(placed, placed, placed, jax.tree.map(of_mask, mask)),
-        out_specs=placed,
+        out_specs=(placed, placed),
     )(q, k, v, mask)
+
+
+def _slots_axis(k: Float[Array, "b s g d"]) -> str | None:
+    """The mesh axis that splits these slots."""
+    mesh = mesh_in_force()
+    axes = None if mesh is None else dividing(mesh, "length", k.shape[1])
+    return None if axes is None else axes[0]

@@ -7,21 +7,16 @@ modulo the stride and never change.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from models.attention import Attended, Step, dense_mask
+from models.attention import Attended, LayerCache, Step, dense_mask
+from models.mesh_attention import mesh_dual_chunk_attention
 from models.positions import apply_rope, rope_angles, rope_frequencies
 from ops.attention import AttentionMask
 from ops.attention.merge import merge
-from ops.dual_chunk import (
-    check_sizes,
-    chunk_positions,
-    dual_chunk_attention,
-    pairwise_attention,
-)
+from ops.dual_chunk import check_sizes, chunk_positions, pairwise_attention
 
 
 def temperature(
@@ -157,6 +152,8 @@ class DualChunkPolicy:
             cache = cache.append(k, v, step.start)
             k, v = cache.read(step.extent)
         out, lse = self.attend_slots(queries, k, v, step)
+        if cache is not None and step.tree is not None:
+            out, lse = merge(out, lse, *self.attend_draft(queries, cache, step))
         return Attended(out=out, cache=cache, lse=lse)
 
     def attend_slots(
@@ -166,30 +163,35 @@ class DualChunkPolicy:
         v: Float[Array, "b s g dv"],
         step: Step,
     ) -> tuple[Float[Array, "b t h dv"], Float[Array, "b t h"]]:
-        """Rotated queries against slots in order, and against drafted nodes by their tree."""
-        new = step.positions.shape[1] if step.counts is None else step.counts
-        lengths = None if step.start is None else step.start + new
-        if step.tree is None:
-            return dual_chunk_attention(
-                queries, k, v, step.positions, stride=self.stride, lengths=lengths,
-                implementation=self.implementation,
-            )  # fmt: skip
-        committed = dual_chunk_attention(
-            queries, k, v, step.positions, stride=self.stride, lengths=step.tree_start,
+        """Rotated queries against slots in order, up to where a draft begins.
+
+        Under a mesh see :mod:`models.mesh_attention`.
+        """
+        lengths = step.tree_start
+        if step.tree is None and step.start is not None:
+            lengths = step.start + (step.positions.shape[1] if step.counts is None else step.counts)
+        return mesh_dual_chunk_attention(
+            queries, k, v, step.positions, stride=self.stride, lengths=lengths,
             implementation=self.implementation,
         )  # fmt: skip
-        # Nodes stand at the position of their depth, not of their slot: every pair by itself.
-        nodes = step.tree.shape[2]
-        drafted = pairwise_attention(
-            queries,
-            _window(k, step.tree_start, nodes),
-            _window(v, step.tree_start, nodes),
-            step.positions,
-            _window(step.slot_positions, step.tree_start, nodes),
+
+    def attend_draft(
+        self, queries: Float[Array, "3 b t h d"], cache: LayerCache, step: Step
+    ) -> tuple[Float[Array, "b t h dv"], Float[Array, "b t h"]]:
+        """Rotated queries against drafted nodes, by their tree.
+
+        Nodes stand at the position of their depth, not of their slot: every pair by itself. They
+        are few, so under a mesh every device has all of them.
+        """
+        count = step.tree.shape[2]
+        k, v = cache.entries(step.tree_start, count)
+        nodes = step.tree_start[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
+        return pairwise_attention(
+            queries, k, v, step.positions,
+            jnp.take_along_axis(step.slot_positions, nodes, axis=1),
             AttentionMask(tree=step.tree, tree_start=jnp.zeros_like(step.tree_start)),
             stride=self.stride,
-        )
-        return merge(*committed, *drafted)
+        )  # fmt: skip
 
 
 def text_lengths(step: Step) -> Int[Array, "b t"]:
@@ -200,11 +202,6 @@ def text_lengths(step: Step) -> Int[Array, "b t"]:
     if n is None:
         n = jnp.max(step.positions, axis=1) + 1
     return jnp.broadcast_to(n[:, None], step.positions.shape)
-
-
-def _window(x: Array, start: Int[Array, " b"], size: int) -> Array:
-    """x[b, start[b] : start[b] + size]."""
-    return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, size))(x, start)
 
 
 def _check_model(cfg: Any, step: Step) -> None:

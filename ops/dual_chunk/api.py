@@ -21,6 +21,7 @@ def dual_chunk_attention(
     lengths: Int[Array, " b"] | None = None,
     scale: float | Float[Array, ""] | None = None,
     implementation: str = "auto",
+    first: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "b t h dv"], Float[Array, "b t h"]]:
     """Causal dual chunk attention over slots in order: slot j holds position j.
 
@@ -35,25 +36,35 @@ def dual_chunk_attention(
       lengths: slots that hold something, per row; default all.
       scale: multiplies the scores in float32; default d ** -0.5.
       implementation: "xla"; "tpu", the kernels; "interpret", the same on CPU; "reference", which
-        computes all pairs; "auto" takes the kernels on TPU where the stride is a multiple of 128
-        and no mesh is in force, whose devices XLA cannot divide a kernel between.
+        computes all pairs; "auto" takes the kernels where :func:`kernel_serves` says so, but XLA
+        for a share of the slots, and where a mesh is in force, whose devices XLA cannot divide a
+        kernel between (:mod:`models.mesh_attention` can).
+      first: where a device has one of the equal shares of longer rows' slots: the position that
+        its slot 0 holds, a multiple of s. `lengths` are then those of its share. Not in the
+        kernels.
 
     Returns:
       The output in v's dtype and the log-sum-exp of the scaled scores, float32.
 
     Raises:
-      ValueError: a stride below 1 or, in the kernels, off the 128 grid; heads that do not divide;
-        an unknown implementation.
+      ValueError: a stride below 1 or, in the kernels, off the 128 grid, or `first`; heads that do
+        not divide; an unknown implementation.
     """
     _check(q, k, stride)
     scaled_by = q.shape[-1] ** -0.5 if scale is None else scale
     b, s = k.shape[:2]
     lengths = jnp.full((b,), s, jnp.int32) if lengths is None else lengths
     if implementation == "auto":
-        implementation = "tpu" if _kernel_serves(stride) else "xla"
+        whole = first is None and not _divided()
+        implementation = "tpu" if whole and kernel_serves(stride) else "xla"
     if implementation == "xla":
-        return attend_ordered(q, k, v, q_positions, lengths, stride, scaled_by)
+        return attend_ordered(q, k, v, q_positions, lengths, stride, scaled_by, first=first)
     if implementation in ("tpu", "interpret"):
+        if first is not None:
+            raise ValueError(
+                "the kernels of dual chunk attention want rows whole, and devices share their "
+                "slots: use implementation 'auto' or 'xla'."
+            )
         interpret = implementation == "interpret"
         return attend_kernel(q, k, v, q_positions, lengths, stride, scaled_by, interpret=interpret)
     if implementation != "reference":
@@ -61,8 +72,9 @@ def dual_chunk_attention(
             f"unknown dual chunk implementation {implementation!r}: name one of auto, xla, "
             "tpu, interpret, reference."
         )
-    slots = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32)[None], (b, s))
-    mask = AttentionMask(q_positions=q_positions, lengths=lengths, causal=True)
+    slots = jnp.arange(s, dtype=jnp.int32) + (0 if first is None else first)
+    slots = jnp.broadcast_to(slots[None], (b, s))
+    mask = AttentionMask(q_positions, slots, lengths=lengths, causal=True)
     return attend_pairs(
         q, k, v, q_positions // stride, slots // stride, mask, scaled_by, q.shape[2]
     )
@@ -96,11 +108,15 @@ def pairwise_attention(
     )
 
 
-def _kernel_serves(stride: int) -> bool:
-    """Whether "auto" takes the kernels: see :func:`dual_chunk_attention`."""
+def kernel_serves(stride: int) -> bool:
+    """Whether the program is for a TPU and its kernels take this stride: a multiple of 128."""
+    return target_platform() == "tpu" and stride % 128 == 0
+
+
+def _divided() -> bool:
+    """Whether a mesh is in force, and this is not the program of one device in ``shard_map``."""
     mesh = jax.sharding.get_abstract_mesh()
-    divided = mesh.size > 1 and jax.sharding.AxisType.Manual not in mesh.axis_types
-    return target_platform() == "tpu" and stride % 128 == 0 and not divided
+    return mesh.size > 1 and jax.sharding.AxisType.Manual not in mesh.axis_types
 
 
 def _check(q: Array, k: Array, stride: int) -> None:

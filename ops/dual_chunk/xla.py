@@ -31,11 +31,13 @@ def attend_ordered(
     scale: float | Float[Array, ""],
     rows: int = 512,
     block: int = 512,
+    first: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "b t h dv"], Float[Array, "b t h"]]:
     """Output and log-sum-exp; a query sees slots up to its position and below its row's length.
 
     `rows` queries and at most `block` keys at a time; a tile of queries stops at its last one.
-    Values of slots that no query sees must be finite.
+    Slot 0 holds position `first`, a multiple of s (None: 0). Values of slots that no query sees
+    must be finite.
     """
     b, t, h, d = q.shape[1:]
     s, g = k.shape[1:3]
@@ -44,9 +46,9 @@ def attend_ordered(
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     lengths = jnp.minimum(lengths, s)
     if r * t <= DIRECT_ROWS:
-        out, lse = _attend_at_once(q, k, v, q_positions, lengths, stride, scale)
+        out, lse = _attend_at_once(q, k, v, q_positions, lengths, stride, scale, first)
     else:
-        out, lse = _attend_tiles(q, k, v, q_positions, lengths, stride, scale, rows, block)
+        out, lse = _attend_tiles(q, k, v, q_positions, lengths, stride, scale, rows, block, first)
     out = out.transpose(0, 3, 1, 2, 4).reshape(b, t, h, -1)
     return out.astype(v.dtype), lse.transpose(0, 3, 1, 2).reshape(b, t, h)
 
@@ -61,18 +63,20 @@ def all_scores(
     k: Float[Array, "b g s d"],
     q_positions: Int[Array, "b t"],
     stride: int,
+    first: Int[Array, ""] | None = None,
 ) -> Float[Array, "b g r t s"]:
     """Products of all queries with all keys, each in the rotation that the pair wants."""
     _, b, g, r, t, d = q.shape
     s = k.shape[2]
-    block = s if s <= stride else math.gcd(s, stride)
+    block = s if s <= stride and first is None else math.gcd(s, stride)
+    origin = jnp.int32(0) if first is None else first
     if block < min(SMALLEST_BLOCK, stride):
         # Blocks of the stride's divisors do not tile the slots: score in all rotations.
         scores = jnp.einsum("xbgrtd,bgsd->xbgrts", q, k, preferred_element_type=jnp.float32)
-        which = rotation_of(q_positions[:, :, None] // stride, _slots(s) // stride)
+        which = rotation_of(q_positions[:, :, None] // stride, (origin + _slots(s)) // stride)
         return pick(scores, which[:, None, None])
-    first = jnp.arange(s // block, dtype=jnp.int32) * block
-    which = rotation_of(q_positions[None] // stride, first[:, None, None] // stride)
+    begins = origin + jnp.arange(s // block, dtype=jnp.int32) * block
+    which = rotation_of(q_positions[None] // stride, begins[:, None, None] // stride)
     rotated = pick(q[:, None], which[:, :, None, None, :, None])
     return jnp.einsum(
         "nbgrtd,bgnkd->bgrtnk",
@@ -82,11 +86,12 @@ def all_scores(
     ).reshape(b, g, r, t, s)
 
 
-def _attend_at_once(q, k, v, q_positions, lengths, stride, scale):
+def _attend_at_once(q, k, v, q_positions, lengths, stride, scale, first):
     """Few queries: all scores, one product in blocks of slots."""
     s = k.shape[2]
-    scores = all_scores(q, k, q_positions, stride)
-    visible = (_slots(s) <= q_positions[:, :, None]) & (_slots(s) < lengths[:, None, None])
+    scores = all_scores(q, k, q_positions, stride, first)
+    ends = q_positions if first is None else q_positions - first
+    visible = (_slots(s) <= ends[:, :, None]) & (_slots(s) < lengths[:, None, None])
     scores = jnp.where(visible[:, None, None], scores * scale, -jnp.inf)
     top = scores.max(axis=-1, keepdims=True)
     top = jnp.where(jnp.isfinite(top), top, 0.0)
@@ -97,11 +102,13 @@ def _attend_at_once(q, k, v, q_positions, lengths, stride, scale):
     return finish(top[..., 0], weights.sum(axis=-1), values)
 
 
-def _attend_tiles(q, k, v, q_positions, lengths, stride, scale, rows, block):
+def _attend_tiles(q, k, v, q_positions, lengths, stride, scale, rows, block, first):
     """Tiles of queries one after the other, each over the blocks of slots before its end."""
     b, g, r, t = q.shape[1:5]
     s = k.shape[2]
-    block, rows = min(largest_block(stride, block), s), min(rows, t)
+    block = min(largest_block(stride, block if first is None else min(block, s)), s)
+    first = jnp.int32(0) if first is None else first
+    rows = min(rows, t)
     tiles = -(-t // rows)
     short = tiles * rows - t
     q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, 0), (0, short), (0, 0)))
@@ -110,14 +117,16 @@ def _attend_tiles(q, k, v, q_positions, lengths, stride, scale, rows, block):
     def tile(i):
         q_tile = jax.lax.dynamic_slice_in_dim(q, i * rows, rows, axis=4)
         at = jax.lax.dynamic_slice_in_dim(q_positions, i * rows, rows, axis=1)
-        end = jnp.max(jnp.minimum(jnp.max(at, axis=1) + 1, lengths))
+        end = jnp.max(jnp.minimum(jnp.max(at, axis=1) + 1, first + lengths))
 
         def one(j, carry):
-            # The last block is read from where it fits, without the slots seen before.
-            begin = jnp.minimum(j * block, s - block)
+            # Blocks are those of positions. The outer ones are read from where they fit, without
+            # the slots of their neighbours.
+            begin = jnp.clip(j * block - first, 0, s - block)
             slots = begin + _slots(block)
-            visible = (slots <= at[:, :, None]) & (slots < lengths[:, None, None])
-            visible &= slots >= j * block
+            places = first + slots
+            visible = (places <= at[:, :, None]) & (slots < lengths[:, None, None])
+            visible &= places // block == j
             which = rotation_of(at // stride, j * block // stride)
             rotated = pick(q_tile, which[:, None, None, :, None])
             keys = jax.lax.dynamic_slice_in_dim(k, begin, block, axis=2)
@@ -127,8 +136,10 @@ def _attend_tiles(q, k, v, q_positions, lengths, stride, scale, rows, block):
             scores = jnp.where(visible[:, None, None], scores * scale, -jnp.inf)
             return accumulate(carry, scores, jax.lax.dynamic_slice_in_dim(v, begin, block, axis=2))
 
-        empty = start_of((b, g, r, rows), v.shape[3])
-        return finish(*jax.lax.fori_loop(0, (end + block - 1) // block, one, empty))
+        # A sum of both, because inside shard_map a loop starts with the type that it ends with.
+        empty = start_of(q_tile[0, ..., 0] + k[:, :, None, :1, 0], v.shape[3])
+        stop = (end + block - 1) // block
+        return finish(*jax.lax.fori_loop(first // block, stop, one, empty))
 
     out, lse = jax.lax.map(tile, jnp.arange(tiles, dtype=jnp.int32))
     out = jnp.moveaxis(out, 0, 3).reshape(b, g, r, tiles * rows, -1)
@@ -137,13 +148,16 @@ def _attend_tiles(q, k, v, q_positions, lengths, stride, scale, rows, block):
 
 
 def start_of(
-    shape: tuple[int, ...], width: int
-) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
-    """Online softmax before its first block: maximum, total, weighted sum of values."""
+    like: Float[Array, "*rows"], width: int
+) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"], Float[Array, "*rows {width}"]]:
+    """Online softmax before its first block: maximum, total, weighted sum of values.
+
+    `like` gives the shape of the queries, and its numbers do not matter.
+    """
     return (
-        jnp.full(shape, -jnp.inf, jnp.float32),
-        jnp.zeros(shape, jnp.float32),
-        jnp.zeros((*shape, width), jnp.float32),
+        jnp.full_like(like, -jnp.inf, jnp.float32),
+        jnp.zeros_like(like, jnp.float32),
+        jnp.zeros_like(like, jnp.float32, shape=(*like.shape, width)),
     )
 
 

@@ -20,8 +20,8 @@ from ops.sampling import SamplingParams
 from ops.tree import StaticTree
 from tests.inference.models import ScriptedDrafter, config, engine, prompts, script, weights
 
-LENGTHS = (1, 30, 100, 140)
-"""Of 512 slots: one row stays in the first shard of four, one passes from it into the second."""
+LENGTHS = (1, 30, 120, 250)
+"""Of 512 slots in two to four shards: two rows pass from one shard into the next as they grow."""
 
 TEXT = 400
 NEW = 12
@@ -63,7 +63,7 @@ def texts(windowed) -> list[list[int]]:
 def tree_engine(cfg: decoder.Config, texts: list[list[int]], **settings: Any):
     """Drafts are right but for the second row's."""
     whole = [p + new for p, new in zip(prompts(*LENGTHS), texts, strict=True)]
-    table = script(whole, 160).at[1].set(0)
+    table = script(whole, 280).at[1].set(0)
     return engine(cfg, prefill_size=128, drafter=ScriptedTree(), drafter_params=table, **settings)
 
 
@@ -94,7 +94,7 @@ def compiled_round(many: ShardedEngine) -> tuple[Any, Any]:
     state, seeds = many.start(prompts(*LENGTHS), NEW, sampling)
     with jax.set_mesh(many.mesh):
         lowered = decode_rounds.lower(
-            many.params, many.cfg, decoder.default_policy(many.cfg), many.drafter,
+            many.params, many.cfg, many.policy or decoder.default_policy(many.cfg), many.drafter,
             many.drafter_params, state, seeds, sampling, jnp.zeros((0,), jnp.int32),
             jnp.asarray(1, jnp.int32), extent=state.cache.capacity, rule="greedy",
         )  # fmt: skip

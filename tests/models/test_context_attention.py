@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from models import context_attention
-from models.mesh_attention import mesh_attention
+from models.mesh_attention import mesh_attention, mesh_dual_chunk_attention
 from models.sharding import make_mesh
 from ops.attention import AttentionMask, attention
 
@@ -146,6 +146,44 @@ def test_gradients(t, s):
     with jax.set_mesh(mesh_of("context=4")):
         got = gradient(arrays(2, t, s), mesh_attention)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5), got, want)
+
+
+@functools.partial(jax.jit, static_argnames=("stride", "implementation"))
+def attend_chunks(q, k, v, at, lengths, stride, implementation):
+    return mesh_dual_chunk_attention(
+        q, k, v, at, stride=stride, lengths=lengths, implementation=implementation
+    )
+
+
+@pytest.mark.parametrize(
+    ("t", "s", "how"),
+    [(1, 64, ""), (40, 64, ""), (128, 192, "permute"), (128, 768, "reduce_scatter")],
+    ids=["step", "piece", "keys", "queries"],
+)
+def test_dual_chunks_over_shards_that_begin_anywhere_in_a_chunk(t, s, how):
+    """The stride divides no shard, the shorter row leaves shards empty, the last slot is hidden."""
+    ends = [t, s - 3]
+    q, k, v = arrays(2, t, s)
+    k, v = spoiled(k, v, ends)
+    lengths = jnp.asarray(ends, jnp.int32) - 1
+    at = lengths[:, None] + 1 - t + jnp.arange(t, dtype=jnp.int32)[None]
+    args = jnp.stack([q, q[::-1], q[:, :, ::-1]]), k, v, at, lengths, 20, "auto"
+    with jax.set_mesh(mesh_of("context=4,tensor=2")):
+        got = attend_chunks(*args)
+        assert how in attend_chunks.lower(*args).as_text()
+    for ours, want in zip(got, attend_chunks(*args), strict=True):
+        np.testing.assert_allclose(ours, want, atol=2e-6, equal_nan=False)
+
+
+def test_the_kernels_of_dual_chunks_run_on_each_device_s_rows_and_heads():
+    q, k, v = arrays(4, 3, 384)
+    at = jnp.asarray([[0], [100], [250], [381]]) + jnp.arange(3, dtype=jnp.int32)[None]
+    args = jnp.stack([q, q[::-1], q[:, ::-1]]), k, v, at, at[:, -1] + 1, 128
+    want = attend_chunks(*args, "xla")
+    with jax.set_mesh(make_mesh("data=4,tensor=2")):
+        got = attend_chunks(*args, "interpret")
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
 def test_slots_that_the_axis_does_not_divide_stay_whole():

@@ -124,6 +124,31 @@ def test_three_segments_merged_in_any_order_are_one_softmax():
     assert np.all(empty[0] == 0) and np.all(empty[1] == -np.inf)
 
 
+@pytest.mark.parametrize("stride", [24, 7, 100])
+@pytest.mark.parametrize("t", [90, 3])
+@pytest.mark.parametrize("name", ["xla", "reference"])
+def test_shares_of_the_slots_merged_are_the_whole(stride, t, name):
+    """Shares of 32 begin anywhere in a chunk; the first row leaves the last one empty."""
+    q, k, v = tensors(2, t, 128)
+    at = np.array([[93 - t], [125 - t]], np.int32) + np.arange(t, dtype=np.int32)
+    lengths = np.array([92, 125], np.int32)
+    attend = jax.jit(functools.partial(dual_chunk_attention, stride=stride, implementation=name))
+    parts = [
+        attend(
+            q, k[:, i : i + 32], v[:, i : i + 32], at,
+            lengths=np.clip(lengths - i, 0, 32), first=jnp.int32(i),
+        )
+        for i in range(0, 128, 32)
+    ]  # fmt: skip
+    whole = dual_chunk_attention(
+        *map(jnp.asarray, (q, k, v, at)),
+        stride=stride,
+        lengths=jnp.asarray(lengths),
+        implementation="reference",
+    )
+    assert_close(functools.reduce(lambda a, b: merge(*a, *b), parts), whole)
+
+
 def test_prefill_in_any_pieces_equals_one_pass():
     q, k, v = tensors(1, 96, 96)
     at = np.arange(96, dtype=np.int32)[None]
@@ -181,3 +206,6 @@ def test_bad_calls_are_refused():
         call(dual_chunk_attention, q, k, v, at, stride=0)
     with pytest.raises(ValueError, match="not a multiple of 2 key heads"):
         call(dual_chunk_attention, q[:, :, :, :3], k, v, at, stride=2)
+    with pytest.raises(ValueError, match="use implementation 'auto' or 'xla'"):
+        share = {"first": jnp.int32(4), "implementation": "interpret"}
+        call(dual_chunk_attention, q, k, v, at, stride=128, **share)
