@@ -389,7 +389,8 @@ def main(_: Sequence[str]) -> None:
         )
     answers = statements.answer(found, STATEMENTS, settings.repeats)
     print(statements.show(answers))
-    name = f"speculative_bench_{pathlib.Path(settings.model).name.replace('-', '_')}"
+    label = f"_{flags.FLAGS.label}" if flags.FLAGS.label else ""
+    name = f"speculative_bench_{pathlib.Path(settings.model).name.replace('-', '_')}{label}"
     folder = pathlib.Path(flags.FLAGS.out) if flags.FLAGS.out else None
     path = record.save(
         name, rows, config=settings, seeds=settings.seeds, statements=answers, folder=folder,
@@ -417,6 +418,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "assistant", "", "A model with the same tokenizer, for assisted generation."
     )
+    flags.DEFINE_string("label", "", "Ending of the result's name.")
     flags.DEFINE_string("out", "", "Folder of the result; default: the committed ones.")
 
 
