@@ -22,8 +22,6 @@ BATCH_HEADER = (
     "tokens per second",
     "slots read per row and pass",
     "grouped steps",
-    "copied per token",
-    "of its time",
     "exact, near-ties, wrong",
 )
 CHECKS = {
@@ -54,8 +52,6 @@ def batch_row(row: dict[str, Any]) -> tuple[str, ...]:
         number(row["tokens_per_second"], 0),
         number(row["slots_read_per_pass"], 0),
         grouped,
-        f"{row['copied_per_token']['mean'] / 1e3:.0f} kB" if kind == "realigned" else "",
-        f"{100 * row['realigning_share']['mean']:.0f}%" if kind == "realigned" else "",
         ", ".join(str(n) for n in row["outcome"].values()),
     )
 

@@ -13,7 +13,6 @@ from experiments.speculative_bench import RATIOS
 
 PAGE = "research/speculative/README.md"
 SMOLLM2 = "speculative_bench_smollm2_135m"
-PYTHON = "speculative_bench_python_5m"
 BATCHES = "speculative_bench_smollm2_135m_batches"
 NAMES = {
     "none": "plain decoding",
@@ -164,30 +163,10 @@ COST_HEADER = ("tokens of a pass", "ms", "over one token")
 BATCH_HEADER = ("drafter", "batch", "tokens/s", "over plain")
 
 
-def counted_row(row: dict[str, Any]) -> tuple[str, ...]:
-    """Cells of a side where time says nothing."""
-    return side_row(row)[1:-2]
-
-
-def exact_row(row: dict[str, Any]) -> tuple[str, ...]:
-    """Cells of a drafter over all categories where time says nothing."""
-    cells = summary_row(row)
-    return (*cells[:-4], *cells[-2:])
-
-
 TABLES: tuple[Rendered, ...] = (
     Table("bench-summary", PAGE, SMOLLM2, SUMMARY_HEADER, summary_row, kind("summary")),
     Statements("bench-statements", PAGE, SMOLLM2, unit="repeats"),
     Table("bench-sides", PAGE, SMOLLM2, SIDE_HEADER, side_row, kind("side")),
-    Table(
-        "bench-python-summary",
-        PAGE,
-        PYTHON,
-        (*SUMMARY_HEADER[:-4], *SUMMARY_HEADER[-2:]),
-        exact_row,
-        kind("summary"),
-    ),
-    Table("bench-python-sides", PAGE, PYTHON, SIDE_HEADER[1:-2], counted_row, kind("side")),
     Table("bench-batch", PAGE, BATCHES, BATCH_HEADER, batch_row, kind("batch")),
     Table("bench-cost", PAGE, SMOLLM2, COST_HEADER, cost_row, kind("cost")),
     Table(
