@@ -10,7 +10,6 @@ ragged cache copies nothing. What must hold is answered by :mod:`experiments.bat
 
 import dataclasses
 import os
-import pathlib
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -321,7 +320,7 @@ def main(_: Sequence[str]) -> None:
     answers = statements.answer(rows, BATCHED, len(settings.seeds))
     print(show(rows))
     print(statements.show(answers))
-    name = f"batch_speculation_{pathlib.Path(settings.model).name.replace('-', '_')}"
+    name = record.name_of("batch_speculation", settings.model)
     path = record.save(
         name,
         rows,

@@ -10,7 +10,6 @@ over a cache, in pieces and at once; nothing of that size is run.
 import dataclasses
 import functools
 import os
-import pathlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -162,7 +161,7 @@ def main(_: Sequence[str]) -> None:
             )
         else:
             print(f"{row['piece']:6} {row['bytes'] / 1e9:7.2f} GB {row['share']:.3f}")
-    name = f"bench_sparse_prefill_{pathlib.Path(settings.model).name.replace('-', '_')}"
+    name = record.name_of("bench_sparse_prefill", settings.model)
     print("saved", record.save(name, rows, config=settings, seeds=settings.seeds))
 
 

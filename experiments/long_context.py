@@ -285,8 +285,7 @@ def main(_: Sequence[str]) -> None:
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     print(show(rows))
-    label = f"_{flags.FLAGS.label}" if flags.FLAGS.label else ""
-    name = f"long_context_{pathlib.Path(settings.model).name.replace('-', '_')}{label}"
+    name = record.name_of("long_context", settings.model, flags.FLAGS.label)
     folder = pathlib.Path(flags.FLAGS.out) if flags.FLAGS.out else None
     print("saved", record.save(name, rows, config=settings, seeds=settings.seeds, folder=folder))
 

@@ -10,7 +10,6 @@ with a chain and a tree. What must hold: :mod:`experiments.longspec_statements`.
 
 import dataclasses
 import functools
-import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -281,7 +280,7 @@ def main(_: Sequence[str]) -> None:
     answers = statements.answer(rows, STATEMENTS, len(settings.seeds))
     print(show(rows))
     print(statements.show(answers))
-    name = f"longspec_{pathlib.Path(settings.model).name.replace('-', '_')}"
+    name = record.name_of("longspec", settings.model)
     path = record.save(name, rows, config=settings, seeds=settings.seeds, statements=answers)
     print("saved", path)
 

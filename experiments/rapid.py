@@ -10,7 +10,6 @@ or an encoder's vectors, choose. It is the same model, or with ``--drafter`` ano
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ from ops.sampling import SamplingParams
 from ops.transfer import Transfer, emitted_law
 from research.speculative.rapid.drafter import rapid_drafter
 from research.speculative.rapid.retrieval import BM25, Embedding, Retriever, retrieve
-from research.speculative.superposed.generate import one_pass, policy_of
+from research.speculative.superposed.generate import one_pass
 from train.data.long_tasks.example import Example
 from train.data.long_tasks.registry import Materials, find_task, make_examples
 from train.data.long_tasks.scores import score
@@ -202,8 +201,9 @@ def average(
                 def inputs(positions: Any) -> Any:
                     return decoder.embed(params, engine.cfg, token[:, None], positions)[:, 0]
 
-                policy = policy_of(engine)
-                return one_pass(params, engine.cfg, policy, cache, inputs, limit, cache.capacity)
+                return one_pass(
+                    params, engine.cfg, engine.policy_in_force, cache, inputs, limit, cache.capacity
+                )
 
             each = [one(*given) for given in zip(models, params, caches, limits, strict=True)]
             best = jnp.argmax(each[0][1] + each[1][1], axis=-1).astype(jnp.int32)
@@ -388,10 +388,9 @@ def main(_: Sequence[str]) -> None:
     found = statements.answer(rows, STATEMENTS, len(settings.seeds))
     print(show(rows))
     print(statements.show(found))
-    place = pathlib.Path(settings.model).name.replace("-", "_")
-    how = "" if settings.retriever == "bm25" else "_vectors"
-    by = pathlib.Path(settings.drafter).name.replace("-", "_")
-    name = f"rapid_{place}_{settings.length}{how}{f'_by_{by}' if by else ''}"
+    how = "" if settings.retriever == "bm25" else "vectors"
+    by = record.name_of("by", settings.drafter) if settings.drafter else ""
+    name = record.name_of("rapid", settings.model, str(settings.length), how, by)
     path = record.save(name, rows, config=settings, seeds=settings.seeds, statements=found)
     print("saved", path)
 

@@ -137,6 +137,12 @@ def save(
     return _write(name, result, folder)
 
 
+def name_of(experiment: str, model: str, *endings: str) -> str:
+    """The name of a result on a model: by the last part of its path, and endings but empty ones."""
+    parts = (experiment, Path(model).name.replace("-", "_"), *endings)
+    return "_".join(part for part in parts if part)
+
+
 def restate(name: str, statements: Sequence[dict[str, Any]], folder: Path | None = None) -> Path:
     """Give a result other ``statements``, answered by its rows; all else stays as it was measured.
 

@@ -9,7 +9,6 @@ tree, and the method with a part taken away. Every seed draws its own prompts.
 
 import dataclasses
 import itertools
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -254,8 +253,7 @@ def main(_: Sequence[str]) -> None:
     answers = statements.answer(rows, STATEMENTS, len(settings.seeds))
     print(show(rows))
     print(statements.show(answers))
-    label = f"_{flags.FLAGS.label}" if flags.FLAGS.label else ""
-    name = f"recycling_{pathlib.Path(settings.model).name.replace('-', '_')}{label}"
+    name = record.name_of("recycling", settings.model, flags.FLAGS.label)
     path = record.save(name, rows, config=settings, seeds=settings.seeds, statements=answers)
     print("saved", path)
 

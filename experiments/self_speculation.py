@@ -8,7 +8,6 @@ model needs that training is part of the answer. Greedy, float32.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,10 +103,8 @@ def main(_: Sequence[str]) -> None:
     answers = statements.answer(rows, module.STATEMENTS, len(settings.seeds))
     print(show(rows, module.NUMBERS))
     print(statements.show(answers))
-    label = f"_{flags.FLAGS.label}" if flags.FLAGS.label else ""
-    name = pathlib.Path(settings.model).name.replace("-", "_")
     path = record.save(
-        f"self_speculation_{settings.protocol}_{name}{label}",
+        record.name_of(f"self_speculation_{settings.protocol}", settings.model, flags.FLAGS.label),
         rows,
         config=settings,
         seeds=settings.seeds,

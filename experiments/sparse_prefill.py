@@ -290,8 +290,7 @@ def main(_: Sequence[str]) -> None:
     answers = statements.answer(rows, STATEMENTS, len(settings.seeds))
     print(show(rows))
     print(statements.show(answers))
-    label = f"_{flags.FLAGS.label}" if flags.FLAGS.label else ""
-    name = f"sparse_prefill_{pathlib.Path(settings.model).name.replace('-', '_')}{label}"
+    name = record.name_of("sparse_prefill", settings.model, flags.FLAGS.label)
     path = record.save(name, rows, config=settings, seeds=settings.seeds, statements=answers)
     print("saved", path)
 

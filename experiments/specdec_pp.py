@@ -325,7 +325,7 @@ def main(_: Sequence[str]) -> None:
     print(show(rows))
     answers = statements.answer(rows, SPECDEC, len(settings.seeds))
     print(statements.show(answers))
-    name = f"specdec_pp_{pathlib.Path(settings.model).name.replace('-', '_')}"
+    name = record.name_of("specdec_pp", settings.model)
     path = record.save(name, rows, config=settings, seeds=settings.seeds, statements=answers)
     print("saved", path)
 

@@ -91,7 +91,6 @@ class Settings:
     draft_vocab: int | None
     variant: str
     speed_prompts: int
-    label: str
 
 
 def collect_hidden(settings: Settings, model: Model) -> pathlib.Path:
@@ -267,7 +266,7 @@ def open_folder(settings: Settings, model: Model) -> pathlib.Path:
     folder = pathlib.Path(settings.folder)
     run_folder.open_folder(folder)
     kept = dataclasses.asdict(settings) | {"weights": weights_hash(model.params)}
-    for name in ("methods", "seeds", "folder", "label"):
+    for name in ("methods", "seeds", "folder"):
         del kept[name]
     kept = json.loads(json.dumps(kept))  # as it is read back
     path = folder / "settings.json"
@@ -377,8 +376,7 @@ def main(_: Sequence[str]) -> None:
     print(show(rows))
     answers = statements.answer(rows, SPECULATIVE, len(settings.seeds))
     print(statements.show(answers))
-    name = f"speculative_{pathlib.Path(settings.model).name.replace('-', '_')}"
-    name += f"_{settings.label}" if settings.label else ""
+    name = record.name_of("speculative", settings.model, flags.FLAGS.label)
     path = record.save(
         name,
         rows,

@@ -92,12 +92,13 @@ def make_sides(
     ``seconds`` of passes are those of ``batch`` rows, for which drafters are tuned.
     """
     sides: dict[str, tuple[Any, Any]] = {"none": (NoDrafter(), None)}
+    tuning = any(name.startswith("tuned:") for name in settings.drafters)
+    prompts = other_prompts(settings, model) if tuning else []
     for name in settings.drafters:
         kind, _, wanted = name.partition(":")
         drafter, params = make_drafter(wanted if kind == "tuned" else name, model)
         params = by_rows(params)
         if kind == "tuned":
-            prompts = other_prompts(settings, model)
             drafter = tuned(model, drafter, params, prompts, seconds, batch=batch)
         sides[name] = drafter, params
     return sides
@@ -113,11 +114,11 @@ def experience(
 ) -> dict[str, Any]:
     """What every drafter that remembers has learnt from other prompts, decoded greedily."""
     greedy, eos = SamplingParams.make(), model.tokenizer.end_ids
+    remembering = {name: e for name, e in engines.items() if shares_state(e.drafter)}
+    prompts = other_prompts(settings, model) if remembering else []
     memories: dict[str, Any] = {}
-    for name, engine in engines.items():
-        if not shares_state(engine.drafter):
-            continue
-        for prompt in other_prompts(settings, model):
+    for name, engine in remembering.items():
+        for prompt in prompts:
             _, state = measure.timed(
                 engine, [prompt], settings.new_tokens, greedy, eos, capacity, memories.get(name)
             )
@@ -389,8 +390,7 @@ def main(_: Sequence[str]) -> None:
         )
     answers = statements.answer(found, STATEMENTS, settings.repeats)
     print(statements.show(answers))
-    label = f"_{flags.FLAGS.label}" if flags.FLAGS.label else ""
-    name = f"speculative_bench_{pathlib.Path(settings.model).name.replace('-', '_')}{label}"
+    name = record.name_of("speculative_bench", settings.model, flags.FLAGS.label)
     folder = pathlib.Path(flags.FLAGS.out) if flags.FLAGS.out else None
     path = record.save(
         name, rows, config=settings, seeds=settings.seeds, statements=answers, folder=folder,

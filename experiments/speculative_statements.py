@@ -1,4 +1,4 @@
-"""What must hold in the drafter comparison: Clover's small-scale protocol, and simple rivals."""
+"""What must hold in the drafter comparison: Clover's protocol and EAGLE's, and simple rivals."""
 
 import itertools
 
@@ -108,4 +108,4 @@ SPECULATIVE: tuple[Statement, ...] = (
     ),
     EXACT,
 )
-"""Of the drafter comparison: the small-scale protocol of Clover, and two simple rivals."""
+"""Of the drafter comparison: the small-scale protocols of Clover and EAGLE, and simple rivals."""

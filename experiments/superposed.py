@@ -9,7 +9,6 @@ reads each text by itself: the same model, without superposition, unless another
 
 import dataclasses
 import itertools
-import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from experiments import record, statements
 from experiments.grading import Texts, distinct, grade
 from experiments.settings import from_flags
 from experiments.statements import Statement, value
-from inference.engine import Engine, make_engine
+from inference.engine import Engine, as_ids, make_engine
 from models import decoder
 from models.load import Model, load
 from ops.sampling import SamplingParams
@@ -34,8 +33,6 @@ from research.speculative.superposed.drafts import (
     draft_weights,
 )
 from research.speculative.superposed.generate import (
-    as_ids,
-    policy_of,
     start_drafts,
     superposed_generate,
     superposed_step,
@@ -201,7 +198,7 @@ def linearity(
         each = decoder.unembed(params, engine.cfg, hidden).reshape(p, settings.drafts, -1)
         mixed = jnp.sum(draft_weights(drafts.scores)[..., None] * each, axis=1)
         cache, new, logits = superposed_step(
-            params, engine.cfg, policy_of(engine), cache, drafts, settings, tables,
+            params, engine.cfg, engine.policy_in_force, cache, drafts, settings, tables,
             as_ids(()), first, limit, extent,
         )  # fmt: skip
         cosines = jnp.stack([_cosine(logits, mixed), _cosine(_centred(logits), _centred(mixed))])
@@ -344,7 +341,7 @@ def main(_: Sequence[str]) -> None:
     answers = statements.answer(rows, STATEMENTS, len(settings.seeds))
     print(show(rows))
     print(statements.show(answers))
-    name = f"superposed_{pathlib.Path(settings.model).name.replace('-', '_')}"
+    name = record.name_of("superposed", settings.model)
     path = record.save(name, rows, config=settings, seeds=settings.seeds, statements=answers)
     print("saved", path)
 

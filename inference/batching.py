@@ -19,7 +19,7 @@ from jaxtyping import Array, Int
 
 from inference.cache import check_capacity
 from inference.drafter import shares_state
-from inference.engine import Engine, bucket
+from inference.engine import Engine, as_ids, bucket
 from inference.loop import State, decode_rounds
 from inference.scheduler import Scheduler, Together
 from models import decoder
@@ -280,12 +280,11 @@ class Batching:
             # Always as many rows: where fewer are unfinished, free ones fill up.
             others = [slot for slot in rows if slot not in slots]
             rows = [*slots, *others[: self.scheduler.batch - len(slots)]]
-        policy = decoder.default_policy(engine.cfg) if engine.policy is None else engine.policy
-        eos = jnp.asarray(np.asarray(self._eos, np.int32).reshape(-1))
+        eos = as_ids(self._eos)
         self._state = _decode_rows(
             engine.params,
             engine.cfg,
-            policy,
+            engine.policy_in_force,
             engine.drafter,
             engine.drafter_params,
             self._state,

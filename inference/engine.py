@@ -40,6 +40,11 @@ def bucket(n: int, smallest: int = SMALLEST_BUCKET) -> int:
     return max(smallest, 1 << max(0, n - 1).bit_length())
 
 
+def as_ids(eos: Sequence[int]) -> jax.Array:
+    """Token ids as an int32 array, also if there are none."""
+    return jnp.asarray(np.asarray(eos, np.int32).reshape(-1))
+
+
 @dataclasses.dataclass(frozen=True)
 class Generation:
     """What was generated: new tokens per prompt (prompt not included) and the loop's counters.
@@ -83,6 +88,11 @@ class Engine:
     rule: str | None = None
     prefill_size: int = 512
     context_limit: int | None = None
+
+    @property
+    def policy_in_force(self) -> Any:
+        """The attention policy, or the model's own."""
+        return decoder.default_policy(self.cfg) if self.policy is None else self.policy
 
     def generate(
         self,
@@ -175,7 +185,7 @@ class Engine:
         seeds_array = jnp.asarray(
             np.arange(batch) if seeds is None else np.asarray(seeds), jnp.int32
         )
-        policy = decoder.default_policy(self.cfg) if self.policy is None else self.policy
+        policy = self.policy_in_force
         dtype = self.params.final_norm.scale.dtype
         cache = self._empty_cache(batch, capacity, dtype, policy.key_width(self.cfg))
         cache, outputs = self._prefill(cache, policy, tokens, lengths, limit, chunk, chunks)
@@ -221,11 +231,11 @@ class Engine:
 
         A drafter that is tuned on the host gets its turn between calls of the compiled loop.
         """
-        policy = decoder.default_policy(self.cfg) if self.policy is None else self.policy
+        policy = self.policy_in_force
         # Greedy rows need no random numbers; leaving them out is a different program.
         rule = self.verification(bool(np.any(np.asarray(sampling.temperature) > 0)))
         rounds = rounds_per_call or np.iinfo(np.int32).max
-        eos_array = jnp.asarray(np.asarray(eos, np.int32).reshape(-1))
+        eos_array = as_ids(eos)
         while True:
             done, length = (np.asarray(x) for x in (state.done, state.cache.length))
             if done.all():
@@ -277,12 +287,11 @@ class Engine:
     ) -> State:
         """The state after the drafter's turn on the host, for a drafter that is tuned."""
         drafter: Any = self.drafter
-        policy = decoder.default_policy(self.cfg) if self.policy is None else self.policy
         context = Context(
             state.tokens, state.length, seeds, sampling, state.limit, eos, done=state.done,
             begin=state.begin,
         )  # fmt: skip
-        target = Target(self.params, self.cfg, policy)
+        target = Target(self.params, self.cfg, self.policy_in_force)
         tuned = drafter.tune(self.drafter_params, state.drafter, target, state.cache, context)
         return dataclasses.replace(state, drafter=tuned)
 
@@ -387,4 +396,12 @@ def _new_tokens(state: State, prompts: Sequence[Sequence[int]]) -> list[list[int
     return [tokens[i, len(p) : length[i]].tolist() for i, p in enumerate(prompts)]
 
 
-__all__ = ["Engine", "Generation", "bucket", "check_capacity", "check_context", "make_engine"]
+__all__ = [
+    "Engine",
+    "Generation",
+    "as_ids",
+    "bucket",
+    "check_capacity",
+    "check_context",
+    "make_engine",
+]

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure as Canvas
 
 from experiments.figures import Figure
 from experiments.report import Rendered, Statements, Table, number
+from experiments.shown.long_context import percent
 
 KINDS = {
     "plain": "plain decoding, static batches",
@@ -76,8 +77,7 @@ def is_grouping(row: dict[str, Any]) -> bool:
 
 def grouping_row(row: dict[str, Any]) -> tuple[str, ...]:
     """Cells of how often EXSPEC grouped."""
-    share = {name: 100 * row["grouping_rate"][name] for name in ("mean", "spread")}
-    return (GROUPING[row["method"]], f"{number(share, 0)}%")
+    return (GROUPING[row["method"]], percent(row["grouping_rate"]))
 
 
 RATE_HEADER = (

@@ -48,3 +48,8 @@ def test_a_missing_damaged_or_foreign_result_is_refused(tmp_path):
 
 def test_bandwidth_is_positive_and_finite():
     assert 0 < record.memory_bandwidth(megabytes=4, repeats=2) < 1e5
+
+
+def test_a_result_is_named_by_experiment_model_and_endings():
+    assert record.name_of("bench", "runs/some-model", "", "label") == "bench_some_model_label"
+    assert record.name_of("bench", "python-5m", "") == "bench_python_5m"

@@ -42,7 +42,6 @@ def settings(place: pathlib.Path, **changes: Any) -> speculative.Settings:
         "draft_vocab": None,
         "variant": "",
         "speed_prompts": 1,
-        "label": "",
     }
     return speculative.Settings(**values | changes)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from inference.cache import Cache
-from inference.engine import Engine, bucket
+from inference.engine import Engine, as_ids, bucket
 from inference.loop import State, decode_rounds
 from models import decoder
 from ops.sampling import SamplingParams
@@ -124,12 +124,11 @@ def check_poison(
     """All prompts together, with garbage in every stale slot of all caches before each round."""
     greedy = SamplingParams.make()
     state, seeds = engine.start(prompts, new, greedy)
-    policy = decoder.default_policy(engine.cfg) if engine.policy is None else engine.policy
-    ends = jnp.asarray(np.asarray(eos, np.int32).reshape(-1))
+    ends = as_ids(eos)
     while not bool(state.done.all()):
         state = decode_rounds(
-            engine.params, engine.cfg, policy, engine.drafter, engine.drafter_params,
-            poison(state), seeds, greedy, ends, jnp.asarray(1, jnp.int32),
+            engine.params, engine.cfg, engine.policy_in_force, engine.drafter,
+            engine.drafter_params, poison(state), seeds, greedy, ends, jnp.asarray(1, jnp.int32),
             extent=state.cache.capacity, rule="greedy",
         )  # fmt: skip
     tokens, length = np.asarray(state.tokens), np.asarray(state.length)

@@ -11,15 +11,13 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from inference.cache import Cache
-from inference.engine import Engine
+from inference.engine import Engine, as_ids
 from models import decoder
 from research.speculative.superposed.drafts import Drafts, advance, last_tokens
 from research.speculative.superposed.generate import (
     DraftTexts,
-    as_ids,
     best_texts,
     one_pass,
-    policy_of,
     start_drafts,
 )
 from research.speculative.superposed.ngrams import NGramTables
@@ -46,7 +44,7 @@ def beam_search(
     drafts = _search(
         engine.params,
         engine.cfg,
-        policy_of(engine),
+        engine.policy_in_force,
         cache,
         drafts,
         as_ids(eos),

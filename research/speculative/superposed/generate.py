@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from inference.cache import Cache
 from inference.drafter import NoDrafter
-from inference.engine import Engine, bucket
+from inference.engine import Engine, as_ids, bucket
 from models import decoder
 from models.attention import EmbeddingPolicy, Step
 from ops.sampling import SamplingParams
@@ -85,7 +85,7 @@ def superposed_generate(
     _, drafts = _superpose(
         engine.params,
         engine.cfg,
-        policy_of(engine),
+        engine.policy_in_force,
         cache,
         drafts,
         settings,
@@ -133,16 +133,6 @@ def start_drafts(
     drafts = init_drafts(state.tokens, state.length, k)
     longest = max(len(prompt) for prompt in prompts)
     return drafts, state.cache, min(bucket(longest + new_tokens), state.cache.capacity)
-
-
-def policy_of(engine: Engine) -> Any:
-    """The engine's attention policy, or the model's own."""
-    return decoder.default_policy(engine.cfg) if engine.policy is None else engine.policy
-
-
-def as_ids(eos: Sequence[int]) -> Int[Array, " e"]:
-    """Token ids as an array, also if there are none."""
-    return jnp.asarray(np.asarray(eos, np.int32).reshape(-1))
 
 
 def one_pass(
