@@ -3,12 +3,14 @@
     python -m experiments.context_methods --folder=runs/context --jobs=2
 
 Every method of :mod:`experiments.context_trainings` is trained with every rate of ``--rates`` on
-the first seed; the rate whose model reads validation text of ``--choose_length`` tokens best is
-taken for the other seeds. Then all of them, and the policies that need no training, read the same
-texts and answer the same tasks (:mod:`experiments.long_context`), a seed of training with a seed of
-texts. The same command goes on where it was stopped. ``--answer`` runs nothing: it
-answers the statements of the result anew, from its rows. The corpora are those of
-``configs/records_lm.py`` and ``configs/giraffe.py``, and for the methods ``text`` and ``tasks``:
+the first seed; the rate whose model reads validation text of ``--choose_length`` tokens best (or of
+the method's own length, where it has one) is taken for the other seeds. Then all of them, and the
+policies that need no training, read the same texts and answer the same tasks
+(:mod:`experiments.long_context`), a seed of training with a seed of texts. The same command goes on
+where it was stopped. ``--extend`` adds methods to the result of one seed that is there, with its
+settings: only what it lacks is trained and measured. ``--answer`` runs nothing: it answers the
+statements of the result anew, from its rows. The corpora are those of ``configs/records_lm.py`` and
+``configs/giraffe.py``, and for the methods ``text`` and ``tasks``:
 
     python -m train.data.records --tokenizer=assets/python-5m --length=255 --tokens=3000000 \\
         --seed=2 --share=0 --out=runs/records_text.jsonl
@@ -18,6 +20,7 @@ answers the statements of the result anew, from its rows. The corpora are those 
 """
 
 import concurrent.futures
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -37,6 +40,8 @@ from train.run_folder import write_json
 
 NAME = "context_methods"
 """Of the result."""
+SAME = 1e-3
+"""Nats by which one model may differ between two runs."""
 
 ZERO_SHOT = {
     "linear 4": "linear:4",
@@ -74,6 +79,34 @@ def in_parallel(commands: Sequence[Sequence[str]], jobs: int, logs: pathlib.Path
             future.result()
 
 
+def extended(settings: Settings, result: dict[str, Any]) -> Settings:
+    """Settings of a result with more methods; its rows and rates count as known in the folder.
+
+    Raises:
+        ValueError: the result has several seeds, whose rows are joined, or other settings.
+    """
+    theirs, ours = result["config"], json.loads(json.dumps(dataclasses.asdict(settings)))
+    if len(result["seeds"]) != 1:
+        raise ValueError(
+            "the rows of several seeds cannot be told apart: extend a result of one seed."
+        )
+    free = ("methods", "folder", "jobs")
+    if other := [key for key in ours if key not in free and ours[key] != theirs[key]]:
+        raise ValueError(
+            f"the result has {other[0]} {theirs[other[0]]}, not {ours[other[0]]}: it can be "
+            "extended with its own settings only."
+        )
+    rates = {row["method"]: row for row in result["rows"] if row["kind"] == "rates"}
+    kept = {m: {"losses": row["losses"], "best": row["best"]} for m, row in rates.items()}
+    rows = [row for row in result["rows"] if row["kind"] not in ("rates", "summary")]
+    _rates_file(settings).parent.mkdir(parents=True, exist_ok=True)
+    write_json(_rates_file(settings), kept | _read(_rates_file(settings), {}))
+    path = _rows_file(settings, settings.seeds[0])
+    write_json(path, _read(path, rows))
+    methods = dict.fromkeys((*theirs["methods"], *settings.methods))
+    return dataclasses.replace(settings, methods=tuple(methods))
+
+
 def train_all(settings: Settings, pairs: Sequence[tuple[str, str, int]]) -> None:
     """Train and export every (method, rate, seed) that has no export yet."""
     folder = pathlib.Path(settings.folder)
@@ -93,21 +126,22 @@ def train_all(settings: Settings, pairs: Sequence[tuple[str, str, int]]) -> None
 
 def choose_rates(settings: Settings) -> dict[str, dict[str, Any]]:
     """For each method the loss of every rate on validation text, and the best rate."""
-    path = pathlib.Path(settings.folder) / "rates.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    path = _rates_file(settings)
+    known = _read(path, {})
     ids: list[int] = []
     for method in settings.methods:
         if method in known:
             continue
         label, form = next(iter(METHODS[method].policies.items()))
+        length = METHODS[method].choose_length or settings.choose_length
         losses = {}
         for rate in settings.rates:
             place = export_folder(settings, method, rate, settings.seeds[0])
             model = load(str(place))
             ids = ids or model.tokenizer.encode(read_text(settings.text, "validation"))
-            windows = cut_windows(ids, settings.windows, settings.choose_length, seed=1000)
+            windows = cut_windows(ids, settings.windows, length, seed=1000)
             name = form.replace("DIR", str(place))
-            _, policy = long_context.load_policies([name], model, settings.choose_length)[name]
+            _, policy = long_context.load_policies([name], model, length)[name]
             losses[rate] = float(window_nats(model, policy, windows, settings.batch).mean())
             print(f"{label} at rate {rate}: {losses[rate]:.3f} on validation text", flush=True)
         known[method] = {"losses": losses, "best": min(losses, key=lambda r: losses[r])}
@@ -128,8 +162,7 @@ def policies_of(settings: Settings, rates: dict[str, dict[str, Any]], seed: int)
 
 def rows_of(settings: Settings, seed: int) -> list[dict[str, Any]]:
     """The rows that are known for a seed."""
-    path = _rows_file(settings, seed)
-    return json.loads(path.read_text()) if path.exists() else []
+    return _read(_rows_file(settings, seed), [])
 
 
 def missing(named: dict[str, str], rows: Sequence[dict[str, Any]]) -> dict[str, str]:
@@ -149,18 +182,44 @@ def evaluate_seed(settings: Settings, seed: int) -> None:
         batch=settings.batch, trained=load(settings.model).cfg.max_length, bucket=0,
         loss_threshold=settings.loss_threshold, accuracy_threshold=settings.accuracy_threshold,
     )  # fmt: skip
-    found = [
-        row | {"policy": labels[row["policy"]]}
-        for row in long_context.run(asked)
-        if row["kind"] != "summary" and row["policy"] in labels
-    ]
+    measured = [row for row in long_context.run(asked) if row["kind"] != "summary"]
+    check_again(rows, measured)
+    found = [row | {"policy": labels[row["policy"]]} for row in measured if row["policy"] in labels]
     order = list(named)
     rows = [row for row in (*rows, *found) if row["policy"] in named]
     write_json(_rows_file(settings, seed), sorted(rows, key=lambda r: order.index(r["policy"])))
 
 
+def check_again(known: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]) -> None:
+    """That dense attention, which every evaluation measures, loses what the known rows say.
+
+    Raises:
+        ValueError: it does not, so that the two cannot stand in one table.
+    """
+
+    def losses(rows: Sequence[dict[str, Any]]) -> dict[int, float]:
+        dense = [row for row in rows if row["policy"] == "dense" and row["kind"] == "loss"]
+        return {row["length"]: row["nats"][-1]["mean"] for row in dense}
+
+    again = losses(measured)
+    for length, loss in losses(known).items():
+        if abs(loss - again[length]) > SAME:
+            raise ValueError(
+                f"dense attention loses {again[length]:.4f} nats at {length} tokens, {loss:.4f} "
+                "in the rows that are known: measure all of them again, in an empty --folder."
+            )
+
+
 def _rows_file(settings: Settings, seed: int) -> pathlib.Path:
     return pathlib.Path(settings.folder) / f"rows-{seed}.json"
+
+
+def _rates_file(settings: Settings) -> pathlib.Path:
+    return pathlib.Path(settings.folder) / "rates.json"
+
+
+def _read(path: pathlib.Path, otherwise: Any) -> Any:
+    return json.loads(path.read_text()) if path.exists() else otherwise
 
 
 def merged(parts: Sequence[Any]) -> Any:
@@ -191,7 +250,8 @@ def run(settings: Settings) -> list[dict[str, Any]]:
         ValueError, FileNotFoundError: see :func:`experiments.long_context.run`.
     """
     first, *others = settings.seeds
-    train_all(settings, [(m, rate, first) for m in settings.methods for rate in settings.rates])
+    unread = [m for m in settings.methods if m not in _read(_rates_file(settings), {})]
+    train_all(settings, [(m, rate, first) for m in unread for rate in settings.rates])
     rates = choose_rates(settings)
     train_all(settings, [(m, rates[m]["best"], s) for m in settings.methods for s in others])
     todo = [
@@ -241,7 +301,10 @@ def main(_: Sequence[str]) -> None:
         return
     settings = from_flags(Settings)
     try:
-        settings = settings.checked()
+        settings, earlier = settings.checked(), None
+        if flags.FLAGS.extend:
+            earlier = record.load(NAME, folder)
+            settings = extended(settings, earlier)
         if flags.FLAGS.evaluate_seed >= 0:
             evaluate_seed(settings, flags.FLAGS.evaluate_seed)
             return
@@ -252,7 +315,13 @@ def main(_: Sequence[str]) -> None:
     print(show(rows))
     print(statements.show(answers))
     path = record.save(
-        NAME, rows, config=settings, seeds=settings.seeds, statements=answers, folder=folder
+        NAME,
+        rows,
+        config=settings,
+        seeds=settings.seeds,
+        statements=answers,
+        earlier=earlier,
+        folder=folder,
     )
     print("saved", path)
 
@@ -276,6 +345,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("batch", 8, "Rows of a pass.", lower_bound=1)
     flags.DEFINE_integer("jobs", 1, "Trainings or evaluations at a time.", lower_bound=1)
     flags.DEFINE_integer("evaluate_seed", -1, "Only evaluate this seed's models.")
+    flags.DEFINE_bool("extend", False, "Add --methods to the result that is there.")
     flags.DEFINE_bool("answer", False, "Only answer the statements of the result, from its rows.")
     flags.DEFINE_float("loss_threshold", 0.05, "Nats above the loss in range that still count.")
     flags.DEFINE_float("accuracy_threshold", 0.8, "Share of the accuracy in range that counts.")

@@ -20,12 +20,14 @@ class Method:
         policies: by label, as :mod:`experiments.long_context` takes them; ``DIR`` stands for the
             export. Rates are chosen by the first.
         follows: further keys that take the learning rate.
+        choose_length: tokens of the text that chooses its rate, where not the comparison's.
     """
 
     config: str
     changes: Mapping[str, Any]
     policies: Mapping[str, str]
     follows: tuple[str, ...] = ()
+    choose_length: int = 0
 
 
 def _giraffe(policies: Mapping[str, str], **basis: Any) -> Method:
@@ -33,14 +35,14 @@ def _giraffe(policies: Mapping[str, str], **basis: Any) -> Method:
     return Method("giraffe", changes, policies)
 
 
-def _at_256(policies: Mapping[str, str], **changes: Any) -> Method:
+def _at_256(policies: Mapping[str, str], choose_length: int = 0, **changes: Any) -> Method:
     """Rows of the trained length, as CLEX has them, by Giraffe's task."""
     short = {
         "task.sequence_length": 256,
         "task.corpus": "text:runs/records.jsonl",
         "task.basis.scale": 1.0,
     }
-    return Method("giraffe", short | changes, policies)
+    return Method("giraffe", short | changes, policies, choose_length=choose_length)
 
 
 def _rope(kind: str, label: str) -> Method:
@@ -74,6 +76,7 @@ METHODS: dict[str, Method] = {
         "clex", {"task.plain_frequencies": True}, {"random positions at 256": "dense@DIR"}, _ODE
     ),
     "rope256": _at_256({"rope, tuned at 256": "dense@DIR"}),
+    "rope256-here": _at_256({"rope, tuned at 256, rate for 256": "dense@DIR"}, choose_length=256),
     "linear256": _at_256(
         {"linear 4, tuned at 256": "giraffe:DIR@DIR"}, **{"task.basis.scale": 4.0}
     ),

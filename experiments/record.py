@@ -107,6 +107,7 @@ def save(
     seeds: Sequence[int],
     timing: dict[str, Any] | None = None,
     statements: Sequence[dict[str, Any]] = (),
+    earlier: Mapping[str, Any] | None = None,
     folder: Path | None = None,
 ) -> Path:
     """Write ``<folder>/<name>.json`` (default folder: the committed results); returns the path.
@@ -117,6 +118,7 @@ def save(
         seeds: all seeds used.
         timing: bandwidth, load average and compile times, for experiments that measure seconds.
         statements: what must hold, each with its answer.
+        earlier: a result with some of the rows; when and by what it was made is kept, too.
     """
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         config = dataclasses.asdict(config)
@@ -134,6 +136,9 @@ def save(
         "statements": list(statements),
         "rows": list(rows),
     }
+    if earlier is not None:
+        origin = {key: earlier[key] for key in ("commit", "modified", "date", "command")}
+        result["earlier"] = [*earlier.get("earlier", ()), origin]
     return _write(name, result, folder)
 
 

@@ -107,13 +107,18 @@ def number(value: dict[str, Any], digits: int = 2) -> str:
 def caption(result: dict[str, Any]) -> str:
     """One line under a table: hardware, versions, commit and the command."""
     host, versions = result["host"], result["versions"]
-    commit = (result["commit"] or "unknown")[:10]
+    parts = [made(part) for part in (*result.get("earlier", ()), result)]
     return (
         f"{host['processor']}, {host['cores']} cores, {host['platform']}, float32, "
-        f"jax {versions['jax']}, seeds {result['seeds']}, commit {commit}"
-        f"{' (with changes)' if result['modified'] else ''}, {result['date']}: "
-        f"`{result['command']}`"
+        f"jax {versions['jax']}, seeds {result['seeds']}, {'; then '.join(parts)}"
     )
+
+
+def made(result: dict[str, Any]) -> str:
+    """At which commit, when and by which command."""
+    commit = (result["commit"] or "unknown")[:10]
+    changed = " (with changes)" if result["modified"] else ""
+    return f"commit {commit}{changed}, {result['date']}: `{result['command']}`"
 
 
 def insert(document: str, name: str, body: str) -> str:

@@ -23,6 +23,12 @@ def settings(folder: pathlib.Path, **changes: Any) -> Settings:
     return Settings(**(given | changes))
 
 
+def loss_row(policy: str, loss: float = 3.0, length: int = 512) -> dict[str, Any]:
+    """What a policy loses, as far as it is looked at."""
+    nats = [record.sample([loss])]
+    return {"kind": "loss", "policy": policy, "length": length, "nats": nats}
+
+
 RATES = {"linear": {"losses": {"1e-3": 3.0}, "best": "1e-3"}}
 
 
@@ -123,7 +129,7 @@ def test_only_policies_without_rows_are_evaluated(
 ):
     given = settings(tmp_path, methods=("linear",))
     known = [
-        {"kind": "loss", "policy": label}
+        loss_row(label)
         for label in methods.policies_of(given, RATES, 0)
         if label not in ("window", "YaRN 4")
     ]
@@ -134,8 +140,8 @@ def test_only_policies_without_rows_are_evaluated(
     def run(wanted: Any) -> list[dict[str, Any]]:
         asked.append(wanted.policies)
         policies = ("dense", *wanted.policies)  # a baseline that is always there
-        rows = [{"kind": kind, "policy": p} for p in policies for kind in ("loss", "summary")]
-        return rows
+        summaries = [{"kind": "summary", "policy": p} for p in policies]
+        return [*(loss_row(p) for p in policies), *summaries]
 
     monkeypatch.setattr(methods.long_context, "run", run)
     methods.evaluate_seed(given, 0)
@@ -144,6 +150,55 @@ def test_only_policies_without_rows_are_evaluated(
     assert [row["policy"] for row in rows] == list(methods.policies_of(given, RATES, 0))
     named = methods.policies_of(given, RATES, 0)
     assert not methods.missing(named, rows) and methods.missing(named, methods.rows_of(given, 1))
+
+
+def a_result(folder: pathlib.Path, **changes: Any) -> dict[str, Any]:
+    given = settings(folder, methods=("linear",), seeds=(0,), **changes)
+    rates = {"kind": "rates", "method": "linear", **RATES["linear"]}
+    rows = [loss_row("dense"), {"kind": "summary", "policy": "dense"}, rates]
+    path = record.save(methods.NAME, rows, config=given, seeds=[0], folder=folder)
+    return record.load(path.stem, folder)
+
+
+def test_a_result_is_extended_by_what_it_lacks(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    result = a_result(tmp_path)
+    wanted = settings(tmp_path / "more", methods=("ntk",), seeds=(0,), jobs=2)
+    given = methods.extended(wanted, result)
+    assert given.methods == ("linear", "ntk")
+    assert methods.rows_of(given, 0) == [loss_row("dense")]
+    trained: list[Any] = []
+    monkeypatch.setattr(methods, "train_all", lambda _, pairs: trained.extend(pairs))
+    monkeypatch.setattr(methods, "choose_rates", lambda _: sys.exit())
+    with pytest.raises(SystemExit):
+        methods.run(given)
+    assert {method for method, *_ in trained} == {"ntk"}
+    # Once more, with rows that were measured since: they stay.
+    rows = [loss_row("dense"), loss_row("NTK 4, tuned")]
+    (tmp_path / "more" / "rows-0.json").write_text(json.dumps(rows))
+    methods.extended(wanted, result)
+    assert methods.rows_of(given, 0) == rows
+
+
+def test_a_result_of_other_settings_is_not_extended(tmp_path: pathlib.Path):
+    result = a_result(tmp_path)
+    for changes, message in (
+        ({"updates": 31}, "the result has updates 30, not 31"),
+        ({"lengths": (256,)}, r"lengths \[256, 512\], not \[256\]"),
+    ):
+        other = settings(tmp_path / "more", methods=("ntk",), **({"seeds": (0,)} | changes))
+        with pytest.raises(ValueError, match=message):
+            methods.extended(other, result)
+    with pytest.raises(ValueError, match="of one seed"):
+        methods.extended(settings(tmp_path), result | {"seeds": [0, 1]})
+
+
+def test_rows_of_other_code_are_not_joined():
+    known = [loss_row("dense"), loss_row("dense", 4.0, length=256), loss_row("window", 9.0)]
+    methods.check_again(known, [loss_row("dense", 3.0004), loss_row("dense", 4.0, length=256)])
+    with pytest.raises(ValueError, match=r"loses 3\.0100 nats at 512 tokens, 3\.0000"):
+        methods.check_again(known, [loss_row("dense", 3.01)])
 
 
 def test_rows_of_several_seeds_become_one():

@@ -29,6 +29,17 @@ def test_statements_are_answered_again_and_all_else_stays(tmp_path):
     assert after == before and list(after) == list(before)
 
 
+def test_a_result_tells_what_it_was_extended_from(tmp_path):
+    first: dict = {}
+    for name in ("first", "second", "third"):
+        earlier = first if name != "first" else None
+        path = record.save(name, [], config={}, seeds=[0], earlier=earlier, folder=tmp_path)
+        first = record.load(path.stem, tmp_path)
+    origin = {key: first[key] for key in ("commit", "modified", "date", "command")}
+    assert "earlier" not in record.load("first", tmp_path)
+    assert first["earlier"] == [origin, origin]
+
+
 @pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf]])
 def test_numbers_that_were_not_measured_are_refused(values):
     with pytest.raises(ValueError, match="finite samples"):

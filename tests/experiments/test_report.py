@@ -93,6 +93,16 @@ def test_statements_are_listed_with_their_answers(scratch):
         report.Statements("s", "page.md", "said", ("it is new",)).render()
 
 
+def test_a_caption_names_every_run_that_a_result_is_of(scratch):
+    result = record.load("trial")
+    one = report.caption(result)
+    assert one.count("commit") == 1 and one.endswith(f"`{result['command']}`")
+    old = {"commit": "0123456789abcdef", "modified": True, "date": "2020-01-02", "command": "old"}
+    both = report.caption(result | {"earlier": [old]})
+    assert "commit 0123456789 (with changes), 2020-01-02: `old`; then commit" in both
+    assert both.endswith(one[one.index("commit") :])
+
+
 def test_every_method_has_a_row():
     text = methods.MethodTable("methods", "WORKSPACE.md").render()
     rows = {line.split("]")[0].strip("| [") for line in text.splitlines()[2:]}
