@@ -188,6 +188,8 @@ class Context:
     extent: int | None = struct.field(pytree_node=False, default=None)  # slots that hold all text
     done: Any = None  # (b,) bool: rows that need no draft any more; None: all do
     begin: Any = None  # (b,) int32, length of the prompt; None: not known
+    # Known when compiling that no row samples, so that a draft needs no laws and no draws.
+    greedy: bool = struct.field(pytree_node=False, default=False)
 
 
 def prompt_needs(drafter: Drafter) -> frozenset[str]:

@@ -209,8 +209,9 @@ def decode_round(
     The pass has the first of ``widths`` that holds the draft; see :mod:`inference.widths`.
     """
     draft, drafter_state, cache = propose(
-        params, cfg, drafter, drafter_params, state, seeds, sampling, extent, policy, eos
-    )
+        params, cfg, drafter, drafter_params, state, seeds, sampling, extent, policy, eos,
+        greedy=rule == "greedy",
+    )  # fmt: skip
     state = dataclasses.replace(state, drafter=drafter_state, cache=cache)
     sizes = check_widths(widths, draft.tokens.shape[1])
 
@@ -312,12 +313,16 @@ def propose(
     extent: int | None,
     policy: Any = None,
     eos: Int[Array, " e"] | None = None,
+    greedy: bool = False,
 ) -> tuple[Draft, Any, Cache]:
-    """The first step of a round: the draft, the drafter's new state, the target's cache."""
+    """The first step of a round: the draft, the drafter's new state, the target's cache.
+
+    ``greedy``: it is known that no row samples.
+    """
     root = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
     context = Context(
         state.tokens, state.length, seeds, sampling, state.limit, eos, extent, state.done,
-        state.begin,
+        state.begin, greedy,
     )  # fmt: skip
     return drafter.propose(
         drafter_params, state.drafter, Target(params, cfg, policy), state.cache, root, context

@@ -237,7 +237,7 @@ class AdaptiveDraftModel(DraftModel):
             self.rule.begin(batch),
             jnp.full((batch, self.length), -1, jnp.int32),
             jnp.zeros((batch, self.length, logits.shape[-1]), jnp.float32)
-            if self.sampled
+            if self.draws(context)
             else None,
         )
 

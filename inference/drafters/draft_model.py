@@ -64,6 +64,10 @@ class DraftModel:
         """Most drafted tokens that one round can accept."""
         return self.length
 
+    def draws(self, context: Context) -> bool:
+        """Whether drafted tokens are drawn from laws, which the verifier then needs."""
+        return self.sampled and not context.greedy
+
     @property
     def draft_limit(self) -> int:
         """The longest text that the draft model can read."""
@@ -122,9 +126,10 @@ class DraftModel:
 
         steps = jnp.arange(1, self.length)
         (_, own), rest = jax.lax.scan(extend, (first[0], state.cache), steps)
-        drafted, laws = (
-            jnp.concatenate([one[:, None], jnp.moveaxis(more, 0, 1)], axis=1)
-            for one, more in zip(first, rest, strict=True)
+        drafted, laws = jax.tree.map(
+            lambda one, more: jnp.concatenate([one[:, None], jnp.moveaxis(more, 0, 1)], axis=1),
+            first,
+            rest,
         )
         return self._chain(root, drafted, laws), dataclasses.replace(state, cache=own), cache
 
@@ -168,9 +173,9 @@ class DraftModel:
         laws: Float[Array, "b k v"] | None,
         valid: Bool[Array, "b n"] | None = None,
     ) -> Draft:
-        """The draft below each root, with the laws it was drawn from if it was."""
+        """The draft below each root, with the laws it was drawn from, if any."""
         probs = None
-        if self.sampled and laws is not None:
+        if laws is not None:
             # The last node has no children, so its law is never read.
             probs = jnp.pad(laws, ((0, 0), (0, 1), (0, 0)))
         return static_draft(
@@ -190,10 +195,10 @@ class DraftModel:
 
     def _choose(
         self, logits: Float[Array, "b v"], context: Context, i: int | Array
-    ) -> tuple[Int[Array, " b"], Float[Array, "b v"]]:
-        """Drafted token number ``i`` of each row, and the law it was drawn from."""
-        if not self.sampled:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32), logits
+    ) -> tuple[Int[Array, " b"], Any]:
+        """Drafted token number ``i`` of each row, and the law if it was drawn from one."""
+        if not self.draws(context):
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32), None
         laws = context.sampling.per_row(logits.shape[0]).warp(logits)
         keys = jax.vmap(lambda seed, at: request_key(seed, at + i, Use.DRAFT))(
             context.seeds, context.length

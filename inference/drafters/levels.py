@@ -39,9 +39,10 @@ def draft_levels(
         state: what ``expand`` gets for the root.
         ready: rows that draft; the others propose the root alone.
         sampled: draw each node's children without replacement from its warped law, which is then
-            kept for the verifier. Otherwise they are its most likely tokens, a fixed set.
+            kept for the verifier. Otherwise, and where no row samples, they are its most likely
+            tokens, a fixed set.
     """
-    batch = root.shape[0]
+    batch, sampled = root.shape[0], sampled and not context.greedy
     laws = jnp.zeros((batch, tree.size, cfg.vocab_size), jnp.float32) if sampled else None
     tokens, valid = [root.astype(jnp.int32)[:, None]], [jnp.ones((batch, 1), bool)]
     states, source, start = state[:, None], None, 0

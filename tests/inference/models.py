@@ -13,11 +13,12 @@ import tokenizers
 from inference.cache import Cache, init_cache
 from inference.drafter import static_draft
 from inference.engine import Engine, make_engine
-from inference.loop import prefill_chunk
+from inference.loop import prefill_chunk, propose
 from models import decoder, params
 from models.attention import Step
 from models.hf import save_hf
 from models.tokenizer import Tokenizer
+from ops.sampling import SamplingParams
 from ops.tree import chain_tree
 
 VOCAB = 24
@@ -53,6 +54,23 @@ def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
     """One random prompt per length, by default of ``PROMPT_LENGTHS``."""
     rng = np.random.default_rng(seed)
     return [rng.integers(0, VOCAB, n).tolist() for n in lengths or PROMPT_LENGTHS]
+
+
+def assert_needs_no_laws(eng: Engine) -> None:
+    """Where no row samples, the drafter drafts what it drafts anyway, but keeps no laws."""
+    greedy = SamplingParams.make()
+    state, seeds = eng.start(prompts(2, 3, 7), NEW, greedy)
+
+    @functools.partial(jax.jit, static_argnames="known")
+    def draft(weights: Any, params: Any, state: Any, known: bool) -> Any:
+        args = (weights, eng.cfg, eng.drafter, params, state, seeds, greedy, 128)
+        return propose(*args, greedy=known)[0]
+
+    drafts = [draft(eng.params, eng.drafter_params, state, known) for known in (False, True)]
+    assert drafts[0].probs is not None and drafts[1].probs is None
+    assert np.asarray(drafts[0].valid).sum() > 3, "something was drafted"
+    for name in ("tokens", "valid", "parent"):
+        np.testing.assert_array_equal(getattr(drafts[0], name), getattr(drafts[1], name))
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

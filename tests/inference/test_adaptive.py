@@ -24,7 +24,7 @@ from inference.drafters.draft_model import DraftModel
 from inference.loop import decode_rounds
 from models import decoder
 from ops.sampling import SamplingParams
-from tests.inference.models import NEW, config, engine, prompts, weights
+from tests.inference.models import NEW, assert_needs_no_laws, config, engine, prompts, weights
 
 CFG, LENGTH = config(), 5
 SAMPLED = SamplingParams.make(1.0)
@@ -43,6 +43,12 @@ def generate(rule: Rule, limits: Limits, sampling: SamplingParams = SAMPLED, **s
     drafter = AdaptiveDraftModel(CFG, LENGTH, rule=rule, **settings)
     eng = engine(drafter=drafter, drafter_params=AdaptiveParams(near(), limits))
     return eng.generate(prompts(), NEW, sampling=sampling)
+
+
+def test_nothing_is_drawn_where_no_row_samples():
+    drafter = AdaptiveDraftModel(CFG, LENGTH, rule=Fixed())
+    params = AdaptiveParams(near(), Limits.make(longest=LENGTH))
+    assert_needs_no_laws(engine(drafter=drafter, drafter_params=params))
 
 
 def test_a_fixed_length_is_the_plain_draft_model():

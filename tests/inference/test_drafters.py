@@ -24,6 +24,7 @@ from tests.inference.models import (
     VOCAB,
     ScriptedDrafter,
     assert_greedy,
+    assert_needs_no_laws,
     config,
     engine,
     letters,
@@ -89,6 +90,11 @@ def test_sampled_text_with_fixed_candidates_is_that_of_plain_sampling_with_the_s
     want = engine(drafter=NoDrafter(drafter.width)).generate(prompts(), NEW, sampling=SAMPLED)
     assert got.tokens == want.tokens
     assert got.tokens != engine().generate(prompts(), NEW).tokens
+
+
+def test_a_draft_model_draws_nothing_where_no_row_samples():
+    drafter, params = CASES["draft model"]
+    assert_needs_no_laws(engine(drafter=drafter, drafter_params=params))
 
 
 def test_an_always_wrong_drafter_gives_one_token_per_round(plain):

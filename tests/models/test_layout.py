@@ -24,7 +24,9 @@ def normal(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
     return jax.random.normal(jax.random.key(sum(shape)), shape).astype(dtype)
 
 
-@pytest.mark.parametrize("lead", [(), (1,), (2,), (3, 5), (2, FEW // 2), (FEW + 1,)], ids=str)
+@pytest.mark.parametrize(
+    "lead", [(), (1,), (2,), (5,), (3, 5), (26,), (2, FEW // 2), (FEW + 1,)], ids=str
+)
 @pytest.mark.parametrize("outer", [24, 22, 23])
 def test_products_and_rows_are_those_of_the_plain_matrix(lead: tuple[int, ...], outer: int):
     w, x, y = normal(6, outer), normal(*lead, 6), normal(*lead, outer)
@@ -53,6 +55,16 @@ def parts_of(rows: int, platform: str) -> bool:
 def test_products_of_a_few_rows_on_a_cpu_are_cut_into_parts():
     assert [parts_of(rows, "cpu") for rows in (1, 2, FEW, FEW + 1)] == [False, True, True, False]
     assert not parts_of(2, "tpu") and not parts_of(2, "gpu")
+
+
+def test_numbers_of_rows_that_are_slow_on_a_cpu_are_filled_up():
+    def rows_of(count: int) -> int:
+        with target("cpu"):
+            jaxpr = jax.make_jaxpr(times_rows)(normal(count, 6), normal(8, 6))
+        (product,) = [e for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+        return max(x.aval.shape[0] for x in product.invars if x.aval.ndim == 2)
+
+    assert [rows_of(n) for n in (2, 4, 5, 8, 9, 26, 31)] == [2, 4, 8, 8, 16, 32, 32]
 
 
 def test_matrices_of_layers_are_turned_and_nothing_else():

@@ -104,7 +104,8 @@ class CloverDrafter(_PairDrafting):
     Attributes:
         sampled: draw each node's children without replacement from its warped law, which is kept
             for the verifier (the official code's probabilities over ten kept logits are not the
-            law of anything). At temperature 0 such a node has one child. Otherwise children are
+            law of anything). A row at temperature 0 among rows that sample has one child per node.
+            Otherwise, and where no row samples, children are
             the most likely tokens, a fixed set; both are lossless.
 
     Raises:

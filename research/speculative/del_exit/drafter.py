@@ -189,7 +189,7 @@ class ExitDrafter:
             root,
             context,
             self.width,
-            self.sampled,
+            self.sampled and not context.greedy,
         )
         draft = static_draft(
             chain_tree(self.max_draft),

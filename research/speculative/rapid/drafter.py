@@ -85,9 +85,13 @@ class RapidDrafter(DraftModel):
         """Keep the entries of committed tokens."""
         return super().observe(params.model, state, draft, outputs, path, n, root)
 
+    def draws(self, context: Context) -> bool:
+        """The transfer needs laws at every temperature."""
+        return True
+
     def _choose(
         self, logits: Float[Array, "b v"], context: Context, i: int | Array
-    ) -> tuple[Int[Array, " b"], Float[Array, "b v"]]:
+    ) -> tuple[Int[Array, " b"], Any]:
         token, law = super()._choose(logits, context, i)
         sampled = context.sampling.per_row(logits.shape[0]).temperature > 0
         # A one-hot law says nothing about which way to pull.

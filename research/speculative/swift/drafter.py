@@ -166,7 +166,7 @@ class SwiftDrafter:
         """A chain until the draft is unsure, and the tree around it. The cache stays as it was."""
         skip = state.search.skip
         chain = self._draft_chain(params, skip, target, cache, root, context)
-        hot = _sampling(context, root.shape[0])[:, None] & self.sampled
+        hot = _sampling(context, root.shape[0])[:, None] & self._draws(context)
         widths = jnp.ones_like(chain.confidence, jnp.int32)
         if self.max_nodes:
             given = (params.width_thresholds, self.greedy_widths)
@@ -177,7 +177,7 @@ class SwiftDrafter:
         comb = build_comb(chain.tokens, chain.there, widths, chain.steps, self.width)
         tree = tree_from_parents(comb.parent)
         probs = None
-        if self.sampled:
+        if self._draws(context):
             shape = (root.shape[0], self.width, target.cfg.vocab_size)
             probs = jax.vmap(lambda row, at, x: row.at[at].set(x, mode="drop"))(
                 jnp.zeros(shape, jnp.float32), comb.chain, chain.laws
@@ -292,19 +292,25 @@ class SwiftDrafter:
             there=jnp.zeros((batch, self.max_steps, k), bool),
             confidence=jnp.zeros((batch, self.max_steps), jnp.float32),
             steps=jnp.zeros((batch,), jnp.int32),
-            laws=jnp.zeros((batch, self.max_steps, vocab), jnp.float32) if self.sampled else None,
+            laws=jnp.zeros((batch, self.max_steps, vocab), jnp.float32)
+            if self._draws(context)
+            else None,
         )
         start = (jnp.zeros((), jnp.int32), root, jnp.ones((batch,), bool), cache, empty)
         # The written slots stay scratch of the loop alone: the target's pass takes them again.
         return jax.lax.while_loop(going, step, start)[4]
 
+    def _draws(self, context: Context) -> bool:
+        """Whether any row may draw its candidates from laws, which the verifier then needs."""
+        return self.sampled and not context.greedy
+
     def _candidates(
         self, logits: Float[Array, "b v"], context: Context, i: Array, k: int
     ) -> tuple[Int[Array, "b k"], Bool[Array, "b k"], Any]:
-        """Tokens in the order to try, which exist, and the law they come from (if ``sampled``)."""
+        """Tokens in the order to try, which exist, and the law they come from, if any."""
         best = jax.lax.top_k(logits, k)[1].astype(jnp.int32)
         everywhere = jnp.ones(best.shape, bool)
-        if not self.sampled:
+        if not self._draws(context):
             return best, everywhere, None
         hot = _sampling(context, logits.shape[0])[:, None]
         law = context.sampling.per_row(logits.shape[0]).warp(logits)

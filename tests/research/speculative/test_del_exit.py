@@ -22,6 +22,7 @@ from research.speculative.del_exit.statistics import (
 from tests.inference.models import (
     NEW,
     assert_greedy,
+    assert_needs_no_laws,
     config,
     engine,
     prefilled,
@@ -51,6 +52,11 @@ def run(sampling: Any = None, new: int = NEW, controls: Any = None, **settings: 
     drafter, params = drafter_of(CFG, controls, **settings)
     eng = engine(CFG, drafter=drafter, drafter_params=params)
     return eng.generate(prompts(), new, sampling=sampling)
+
+
+def test_nothing_is_drawn_where_no_row_samples():
+    drafter, params = drafter_of()
+    assert_needs_no_laws(engine(CFG, drafter=drafter, drafter_params=params))
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from research.speculative.swift.search import (
 from tests.inference.models import (
     NEW,
     assert_greedy,
+    assert_needs_no_laws,
     config,
     engine,
     prefilled,
@@ -55,6 +56,11 @@ def run(sampling: Any = None, state: Any = None, new: int = NEW, **settings: Any
     drafter, params = swift(CFG, **given, **(SMALL | settings))
     eng = engine(CFG, drafter=drafter, drafter_params=params)
     return eng.generate(prompts(), new, sampling=sampling, drafter_state=state)
+
+
+def test_nothing_is_drawn_where_no_row_samples():
+    drafter, params = swift(CFG, controls={"stop_threshold": 0.0}, **SMALL)
+    assert_needs_no_laws(engine(CFG, drafter=drafter, drafter_params=params))
 
 
 @pytest.mark.parametrize("nodes", [0, 16], ids=["chain", "comb"])
