@@ -67,6 +67,24 @@ def check_row(row: dict[str, Any]) -> tuple[str, ...]:
     return (CHECKS[row["method"]], *(str(n) for n in row["outcome"].values()))
 
 
+REALIGNING_HEADER = ("rows", "kB copied per token", "share of the time")
+
+
+def is_realigned(row: dict[str, Any]) -> bool:
+    """Whether the row is of padded batches, which are realigned."""
+    return row["method"].startswith("realigned-")
+
+
+def realigning_row(row: dict[str, Any]) -> tuple[str, ...]:
+    """Cells of what realigning took at one batch size."""
+    kilobytes = {k: row["copied_per_token"][k] / 1e3 for k in ("mean", "spread")}
+    return (
+        row["method"].split("-")[1],
+        number(kilobytes, 0),
+        percent(row["realigning_share"], 1),
+    )
+
+
 GROUPING = {"random": "lengths as asked", "narrow": "cut to nearly one length"}
 
 
@@ -158,6 +176,10 @@ SPECDEC_RESULT = "specdec_pp_python_5m"
 
 TABLES: tuple[Rendered, ...] = (
     Table("batch", BATCH_PAGE, BATCH_RESULT, BATCH_HEADER, batch_row, is_decoding),
+    Table(
+        "batch-realigning", BATCH_PAGE, BATCH_RESULT, REALIGNING_HEADER, realigning_row,
+        is_realigned,
+    ),
     Table("batch-checks", BATCH_PAGE, BATCH_RESULT, CHECK_HEADER, check_row, is_check),
     Table(
         "batch-grouping",
@@ -171,5 +193,5 @@ TABLES: tuple[Rendered, ...] = (
     Table("specdec-rates", SPECDEC_PAGE, SPECDEC_RESULT, RATE_HEADER, rate_row, is_rule),
     Table("specdec-heads", SPECDEC_PAGE, SPECDEC_RESULT, HEAD_HEADER, head_row, is_head),
     Statements("specdec-statements", SPECDEC_PAGE, SPECDEC_RESULT),
-)
+)  # fmt: skip
 FIGURES = (Figure("experiments/results/specdec_pp.svg", SPECDEC_RESULT, rates),)
