@@ -13,7 +13,9 @@ def define_shared_flags(methods: Sequence[str], seeds: str) -> None:
     """The frozen model, where prompts come from, what is compared. ``seeds``: what they seed."""
     flags.DEFINE_string("model", "python-5m", "The frozen model.")
     flags.DEFINE_list(
-        "prompts", ["python_stdlib"], "python_stdlib, text:PATH, FILE.jsonl:FIELD, in turn."
+        "prompts",
+        ["python_stdlib"],
+        "python_stdlib, text:PATH, FILE.jsonl:FIELD or FILE.jsonl:FIELD[KEY=VALUE], in turn.",
     )
     flags.DEFINE_bool("chat", False, "JSON lines are a user's turns in the chat template.")
     flags.DEFINE_list("methods", list(methods), "What to compare.")

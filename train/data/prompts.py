@@ -2,7 +2,8 @@
 
 A source is ``python_stdlib``, ``python_packages``, ``text:PATH`` (pieces of whole documents, from
 the corpus' own splits) or ``FILE.jsonl:FIELD`` (``.jsonl.gz`` too; one prompt per line; one line in
-ten, by the hash of its prompt, is the test split).
+ten, by the hash of its prompt, is the test split). ``FILE.jsonl:FIELD[KEY=VALUE]`` takes the lines
+whose KEY is VALUE, such as one category of a benchmark.
 """
 
 import gzip
@@ -10,8 +11,9 @@ import hashlib
 import itertools
 import json
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,6 +23,7 @@ from train.data.corpus import load_corpus
 Split = Literal["train", "test"]
 TEST_EVERY = 10
 """One JSON line in so many is of the test split."""
+_JSON_LINES = re.compile(r"(.*\.jsonl(?:\.gz)?):([^:\[\]]*)(?:\[([^=]+)=(.*)\])?")
 _TRIES = 200
 """Places of a corpus that may be too short in a row before it counts as exhausted."""
 
@@ -68,11 +71,11 @@ def _read(
     rng: np.random.Generator,
     chat: bool,
 ) -> Iterator[list[int]]:
-    path, _, field = source.rpartition(":")
-    if path.endswith((".jsonl", ".jsonl.gz")):
-        return _short_prompts(
-            _lines(pathlib.Path(path), field, split), tokenizer, length, rng, chat
-        )
+    if found := _JSON_LINES.fullmatch(source):
+        path, field, key, value = found.groups()
+        wanted = None if key is None else (key, value)
+        lines = _lines(pathlib.Path(path), field, wanted, split)
+        return _short_prompts(lines, tokenizer, length, rng, chat)
     if source.endswith((".jsonl", ".jsonl.gz")) and not source.startswith("text:"):
         raise ValueError(f"which field of {source} holds the prompt? Name it as {source}:FIELD.")
     texts = [document.text for document in load_corpus(source, split)]
@@ -105,22 +108,32 @@ def corpus_pieces(
             missed += 1
 
 
-def _lines(path: pathlib.Path, field: str, split: Split) -> list[str]:
+def _lines(
+    path: pathlib.Path, field: str, wanted: tuple[str, str] | None, split: Split
+) -> list[str]:
+    """The prompts of a split, of the lines that have the ``wanted`` value of a key."""
     texts = []
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
-            try:
-                value = json.loads(line)[field]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path}, line {number}, has no field {field!r}: name one that every line has."
-                ) from error
+            where = f"{path}, line {number},"
+            if wanted is not None and str(_value(line, wanted[0], where)) != wanted[1]:
+                continue
+            value = _value(line, field, where)
             # A conversation is asked its first turn.
             text = str(value[0] if isinstance(value, list) else value)
             if _is_test(text) == (split == "test"):
                 texts.append(text)
     return texts
+
+
+def _value(line: str, field: str, where: str) -> Any:
+    try:
+        return json.loads(line)[field]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{where} has no field {field!r}: name one that every line has."
+        ) from error
 
 
 def _short_prompts(

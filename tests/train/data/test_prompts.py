@@ -57,6 +57,21 @@ def test_lines_part_into_disjoint_splits(tmp_path: pathlib.Path, tokenizer: Toke
     assert load_prompts(source, "test", tokenizer, 15, 3, seed=1) != test
 
 
+def test_lines_of_one_kind_are_taken(tmp_path: pathlib.Path, tokenizer: Tokenizer) -> None:
+    path = tmp_path / "q.jsonl"
+    kinds = ["a [x]", "b", 3]
+    lines = [{"turns": [w], "kind": kinds[i % 3]} for i, w in enumerate(words(90))]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for kind in kinds:
+        wanted = {tuple(tokenizer.encode(x["turns"][0])) for x in lines if x["kind"] == kind}
+        got = load_prompts([f"{path}:turns[kind={kind}]"], "train", tokenizer, 20, 3, seed=0)
+        assert {*map(tuple, got)} <= wanted
+    with pytest.raises(ValueError, match="gave 0 test prompts"):
+        load_prompts([f"{path}:turns[kind=c]"], "test", tokenizer, 1, 3, seed=0)
+    with pytest.raises(ValueError, match="line 1, has no field 'sort'"):
+        load_prompts([f"{path}:turns[sort=a]"], "test", tokenizer, 1, 3, seed=0)
+
+
 def test_sources_take_turns_until_one_is_empty(
     tmp_path: pathlib.Path, tokenizer: Tokenizer
 ) -> None:
