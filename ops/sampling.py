@@ -13,6 +13,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from ops.platform import target_platform
+
 Number = Any
 """A Python number, or an array of them (traced or not)."""
 
@@ -114,7 +116,7 @@ def warp_logits(
         kept = _keep_heaviest(probs, probs, mass)
         probs = jnp.where(kept | (mass >= 1)[..., None], probs, 0.0)
         probs = probs / jnp.sum(probs, axis=-1, keepdims=True)
-    greedy = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=jnp.float32)
+    greedy = jax.nn.one_hot(best(logits), logits.shape[-1], dtype=jnp.float32)
     return jnp.where((heat > 0)[..., None], probs, greedy)
 
 
@@ -175,10 +177,27 @@ class SamplingParams:
         return jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x), (batch,)), self)
 
 
+def best(x: Float[Array, "*rows v"]) -> Int[Array, "*rows"]:
+    """The index of the largest entry of the last axis, the lowest among equals."""
+    if target_platform() == "cpu":  # where this takes less than half of what argmax takes
+        return jax.lax.top_k(x, 1)[1][..., 0]
+    return jnp.argmax(x, axis=-1).astype(jnp.int32)
+
+
 def sample(key: Key[Array, ""], probs: Float[Array, " v"]) -> Int[Array, ""]:
-    """One token drawn from ``probs`` by the Gumbel argmax; a one-hot law gives its token surely."""
-    noisy = jnp.log(probs) + jax.random.gumbel(key, probs.shape, jnp.float32)
-    return jnp.argmax(noisy).astype(jnp.int32)
+    """One token drawn from ``probs``; a one-hot law gives its token surely."""
+    return best(_race(key, probs))
+
+
+def _race(key: Key[Array, ""], probs: Float[Array, " v"]) -> Float[Array, " v"]:
+    """Scores whose largest entries, in order, are draws without replacement; -inf where p is 0.
+
+    Minus the time that an exponential clock of rate p takes. The order is that of the Gumbel trick,
+    ``log p - log(-log u)``, for one logarithm in place of three.
+    """
+    least = jnp.finfo(jnp.float32).tiny
+    u = jax.random.uniform(key, probs.shape, jnp.float32, minval=least, maxval=1.0)
+    return jnp.log(u) / probs
 
 
 def sample_without_replacement(
@@ -186,9 +205,9 @@ def sample_without_replacement(
 ) -> tuple[Int[Array, " count"], Bool[Array, " count"]]:
     """``count`` distinct tokens in the order drawn, and which of them exist.
 
-    The ``count`` largest Gumbel-perturbed log-probabilities are successive draws, each from the
-    law without the tokens drawn before. Where the law has fewer tokens than ``count`` the rest is
-    -1 and not valid: such a slot must not be offered to a verifier.
+    Successive draws, each from the law without the tokens drawn before. Where the law has fewer
+    tokens than ``count`` the rest is -1 and not valid: such a slot must not be offered to a
+    verifier.
 
     Raises:
         ValueError: ``count`` exceeds the size of the vocabulary.
@@ -197,7 +216,6 @@ def sample_without_replacement(
         raise ValueError(
             f"cannot draw {count} distinct tokens out of {probs.shape[-1]}: ask for fewer."
         )
-    noisy = jnp.log(probs) + jax.random.gumbel(key, probs.shape, jnp.float32)
-    _, tokens = jax.lax.top_k(noisy, count)
+    _, tokens = jax.lax.top_k(_race(key, probs), count)
     valid = probs[tokens] > 0
     return jnp.where(valid, tokens, -1).astype(jnp.int32), valid

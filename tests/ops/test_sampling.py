@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from ops.platform import target
 from ops.sampling import (
     SamplingParams,
     Use,
+    best,
     request_key,
     sample,
     sample_without_replacement,
@@ -139,6 +141,28 @@ def test_sample_has_the_law() -> None:
     assert seen[1] == 0
     expected = law[law > 0].astype(np.float64)
     assert stats.chisquare(seen[law > 0], expected / expected.sum() * DRAWS).pvalue > 1e-4
+
+
+def test_a_draw_is_that_of_the_gumbel_trick() -> None:
+    probs = jnp.asarray(np.random.default_rng(0).dirichlet([0.3] * 40), jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 500)
+
+    def gumbel(key: jax.Array) -> jax.Array:
+        return jnp.argmax(jnp.log(probs) + jax.random.gumbel(key, probs.shape, jnp.float32))
+
+    drawn = jax.vmap(sample, (0, None))(keys, probs)
+    np.testing.assert_array_equal(drawn, jax.vmap(gumbel)(keys))
+    assert len(set(np.asarray(drawn).tolist())) > 10
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_the_best_is_the_first_of_the_largest(platform: str) -> None:
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 4, (3, 5, 40)), jnp.float32)
+    with target(platform):
+        got = jax.jit(best)(x)
+    assert got.dtype == jnp.int32
+    np.testing.assert_array_equal(got, np.asarray(x).argmax(-1))
+    assert best(jnp.full((7,), -jnp.inf)) == 0
 
 
 def test_sample_of_a_point_mass() -> None:
