@@ -35,14 +35,16 @@ def _giraffe(policies: Mapping[str, str], **basis: Any) -> Method:
     return Method("giraffe", changes, policies)
 
 
-def _at_256(policies: Mapping[str, str], choose_length: int = 0, **changes: Any) -> Method:
+def _at_256(
+    policies: Mapping[str, str], changes: Mapping[str, Any] | None = None, choose_length: int = 0
+) -> Method:
     """Rows of the trained length, as CLEX has them, by Giraffe's task."""
     short = {
         "task.sequence_length": 256,
         "task.corpus": "text:runs/records.jsonl",
         "task.basis.scale": 1.0,
     }
-    return Method("giraffe", short | changes, policies, choose_length=choose_length)
+    return Method("giraffe", short | dict(changes or {}), policies, choose_length=choose_length)
 
 
 def _rope(kind: str, label: str) -> Method:
@@ -77,17 +79,15 @@ METHODS: dict[str, Method] = {
     ),
     "rope256": _at_256({"rope, tuned at 256": "dense@DIR"}),
     "rope256-here": _at_256({"rope, tuned at 256, rate for 256": "dense@DIR"}, choose_length=256),
-    "linear256": _at_256(
-        {"linear 4, tuned at 256": "giraffe:DIR@DIR"}, **{"task.basis.scale": 4.0}
-    ),
+    "linear256": _at_256({"linear 4, tuned at 256": "giraffe:DIR@DIR"}, {"task.basis.scale": 4.0}),
     # The same tokens with and without the four synthetic tasks of Qwen2.5-1M.
     "text": _at_256(
         {"dual chunk, tuned on text": "dual_chunk:192:32@DIR"},
-        **{"task.corpus": "text:runs/records_text.jsonl"},
+        {"task.corpus": "text:runs/records_text.jsonl"},
     ),
     "tasks": _at_256(
         {"dual chunk, tuned on text and tasks": "dual_chunk:192:32@DIR"},
-        **{"task.corpus": "text:runs/records_tasks.jsonl"},
+        {"task.corpus": "text:runs/records_tasks.jsonl"},
     ),
 }
 

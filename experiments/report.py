@@ -109,9 +109,14 @@ def caption(result: dict[str, Any]) -> str:
     host, versions = result["host"], result["versions"]
     parts = [made(part) for part in (*result.get("earlier", ()), result)]
     return (
-        f"{host['processor']}, {host['cores']} cores, {host['platform']}, float32, "
+        f"{host['processor']}, {cores(host['cores'])}, {host['platform']}, float32, "
         f"jax {versions['jax']}, seeds {result['seeds']}, {'; then '.join(parts)}"
     )
+
+
+def cores(number: int) -> str:
+    """So many cores, in words."""
+    return f"{number} core" + ("s" if number != 1 else "")
 
 
 def made(result: dict[str, Any]) -> str:

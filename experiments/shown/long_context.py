@@ -164,12 +164,14 @@ def lengths_of(result: dict[str, Any]) -> str:
     )
 
 
-def tables(name: str, result: str, kinds: Sequence[str] = ("loss", "task")) -> tuple[Rendered, ...]:
+def tables(
+    name: str, result: str, kinds: Sequence[str] = ("loss", "task"), document: str = PAGE
+) -> tuple[Rendered, ...]:
     """The tables of one result, by the name of its markers: of loss, tasks and attention."""
     made: dict[str, Rendered] = {
-        "loss": Losses(f"{name}-loss", result),
-        "task": Accuracies(f"{name}-tasks", result),
-        "attention": Attention(f"{name}-attention", result),
+        "loss": Losses(f"{name}-loss", result, document),
+        "task": Accuracies(f"{name}-tasks", result, document),
+        "attention": Attention(f"{name}-attention", result, document),
     }
     return tuple(made[kind] for kind in kinds)
 
@@ -189,14 +191,16 @@ def figures(result: str, kinds: Sequence[str] = ("loss", "task")) -> tuple[Figur
 
 METHODS = "context_methods"
 ATTENTION = "long_context_records_11m_attention"
+TASKS = "long_context_records_11m_tasks"
+SPARSE = "long_context_records_11m_sparse"
 SMOLLM2 = "long_context_smollm2_135m_smollm2_loss"
 SMOLLM2_PASSKEY = "long_context_smollm2_135m_smollm2_passkey"
 SMOLLM2_32K = "long_context_smollm2_135m_32k"
 BASELINES = ("dense", "window")
 GIRAFFE = (
     *BASELINES, "linear 4", "power 0.1", "power 0.5", "truncated", "rope, tuned", "window, tuned",
-    "YaRN 4, tuned", "linear 4, tuned", "linear 4, tuned, read at 8", "power 0.1, tuned",
-    "power 0.5, tuned", "truncated, tuned", "randomised, tuned", "xPos, tuned",
+    "NTK 4, tuned", "YaRN 4, tuned", "linear 4, tuned", "linear 4, tuned, read at 8",
+    "power 0.1, tuned", "power 0.5, tuned", "truncated, tuned", "randomised, tuned", "xPos, tuned",
 )  # fmt: skip
 CLEX = (
     *BASELINES, "dynamic NTK", "rope, tuned at 256", "linear 4, tuned at 256",
@@ -223,6 +227,8 @@ def pages(
 TABLES = (
     *tables("methods", METHODS),
     *tables("records", ATTENTION, ("attention",)),
+    *tables("records-all", TASKS, ("task",)),
+    *tables("sparse-read", SPARSE, document="research/context/qwen25_1m/README.md"),
     *tables("smollm2", SMOLLM2, ("loss",)),
     *tables("smollm2-passkey", SMOLLM2_PASSKEY, ("task",)),
     *tables("smollm2-32k", SMOLLM2_32K, ("loss",)),

@@ -128,6 +128,11 @@ SUPERPOSED_PAGE = "research/speculative/superposed/README.md"
 SUPERPOSED_RESULT = "superposed_python_5m"
 RAPID_PAGE = "research/speculative/rapid/README.md"
 RAPID_RESULT = "rapid_records_11m_256"
+RAPID_MORE = {
+    "rapid-far": "rapid_records_11m_512",
+    "rapid-upward": "rapid_python_5m_256_by_records_11m",
+}
+"""Beyond the trained length, and with a larger drafter."""
 
 TABLES: tuple[Rendered, ...] = (
     Table("superposed", SUPERPOSED_PAGE, SUPERPOSED_RESULT, SUPERPOSED_HEADER, superposed_row),
@@ -138,5 +143,13 @@ TABLES: tuple[Rendered, ...] = (
     Statements("superposed-statements", SUPERPOSED_PAGE, SUPERPOSED_RESULT),
     Table("rapid", RAPID_PAGE, RAPID_RESULT, RAPID_HEADER, rapid_row),
     Statements("rapid-statements", RAPID_PAGE, RAPID_RESULT),
+    *(
+        Table(name, RAPID_PAGE, result, RAPID_HEADER, rapid_row)
+        for name, result in RAPID_MORE.items()
+    ),
+    *(
+        Statements(f"{name}-statements", RAPID_PAGE, result)
+        for name, result in RAPID_MORE.items()
+    ),
 )  # fmt: skip
 FIGURES = (Figure("experiments/results/rapid.svg", RAPID_RESULT, rapid_curve),)
