@@ -103,4 +103,6 @@ PAGE = "research/context/README.md"
 TABLES = (
     FitTable("fit", PAGE, "fit", HEADER, row),
     FitTable("fit-refused", PAGE, "fit_refused", HEADER, row),
+    FitTable("fit-smollm2", PAGE, "fit_smollm2", HEADER, row),
+    FitTable("fit-policies", PAGE, "fit_policies", POLICY_HEADER, policy_row),
 )

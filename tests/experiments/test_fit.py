@@ -270,9 +270,12 @@ def test_dtypes_are_jax_s():
     assert [jnp.dtype(name).itemsize for name in fit.DTYPES] == [2, 4]
 
 
-@pytest.mark.parametrize("result", ["fit"])
+@pytest.mark.parametrize("result", ["fit", "fit_smollm2", "fit_policies"])
 def test_committed_arguments_are_the_weights_and_the_cache_of_a_device(result):
-    """Weights are split over tensor, the cache over tensor and context; both are bfloat16."""
+    """Weights are split over tensor, the cache over tensor and context; both are bfloat16.
+
+    Heads of 64 channels make the compiler work on a copy of the cache, in tiles of 128.
+    """
     for found in record.load(result)["rows"]:
         cfg = fit.config_of(found["model"])
         sizes = {"context": "1", "tensor": "1"} | dict(
@@ -280,7 +283,27 @@ def test_committed_arguments_are_the_weights_and_the_cache_of_a_device(result):
         )
         tensor, context = int(sizes["tensor"]), int(sizes["context"])
         slot = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * 2
-        want = 2 * params.count(specs(cfg)) / tensor + slot * found["length"] / (tensor * context)
+        cache = slot * found["length"] / (tensor * context)
         got = found["programs"]["decode"]["arguments_gib"] * GIB
-        assert got == pytest.approx(want, rel=0.01), fit.sentence(found)
-        assert found["programs"]["decode"]["temporaries_gib"] < 0.1
+        where = found["model"], found["slice"], found["length"]
+        want = 2 * params.count(specs(cfg)) / tensor + cache
+        whole = cfg.head_dim % 128 == 0  # else matrices and cache are padded to tiles, too
+        assert got == pytest.approx(want, rel=0.01 if whole else 0.02), where
+        if whole:
+            assert found["programs"]["decode"]["temporaries_gib"] < 0.1, where
+        else:
+            most = max(program["temporaries_gib"] for program in found["programs"].values())
+            assert 1.9 < most * GIB / cache < 4.1, where
+
+
+def test_committed_dual_chunks_need_what_dense_attention_needs():
+    rows = record.load("fit_policies")["rows"]
+    for dense, chunks in zip(rows[::2], rows[1::2], strict=True):
+        assert (dense["policy"], chunks["policy"]) == ("dense", "dual_chunk:6144:1024")
+        assert {dense[name] == chunks[name] for name in ("model", "mesh", "length")} == {True}
+        for name in fit.PROGRAMS:
+            one, other = dense["programs"][name], chunks["programs"][name]
+            assert other["arguments_gib"] == pytest.approx(one["arguments_gib"], rel=1e-4)
+            assert other["temporaries_gib"] < one["temporaries_gib"] + 0.025
+        assert chunks["programs"]["prefill"]["least_seconds"] is None
+        assert dense["programs"]["prefill"]["least_seconds"] > 0
