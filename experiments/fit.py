@@ -6,6 +6,10 @@ cache of that many slots: one chunk of a prompt and the decoding loop. It report
 device, and whether that fits. There are no weights: everything is shapes. It needs the extra
 ``aot``.
 
+``--policy=dense,dual_chunk:6144:1024`` compiles them under each of these attention policies, named
+as everywhere (``inference.policies.registry``). A policy that is read from a folder or a file is
+refused, and so is sparse prefill, which runs on one device.
+
 Arguments are weights and cache, temporaries what the program needs besides; a program that the
 compiler refuses for want of memory does not fit, and its sentence is kept. Seconds are rooflines of
 one device at the chip's published peaks (``experiments.tpu_slices``), communication not counted:
@@ -15,11 +19,16 @@ one device at the chip's published peaks (``experiments.tpu_slices``), communica
 - ``counted``: the same with all the bytes that the compiler counts. It counts a copy to the chip's
   fast memory and the read from there, and what a kernel says of a cache whose rows are full.
 
+The compiler counts one turn of a loop. The decoding loop's is one step, as meant; a program with a
+loop around its products besides, as dual chunks over split slots have in a prompt's chunk, gets no
+seconds. Slots outside a sliding window are counted, although kernels skip blocks of them.
+
 Positions beyond those that a model was trained for are not looked at: this is about memory.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 import time
@@ -33,74 +42,43 @@ from absl import app, flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments import record, tpu_slices
+from experiments.fit_models import MODELS, config_of, policy_of
 from experiments.report import markdown
 from inference.cache import init_cache
 from inference.drafter import NoDrafter
 from inference.loop import State, decode_rounds, init_stats, prefill_chunk
 from inference.sharded import state_shardings, weight_shardings
 from models import decoder
-from models.hf_config import from_hf, read_config
+from models.flops import product_depth
 from models.params import shape_dtype
 from models.sharding import ShardingRules, make_mesh, parse_mesh
 from ops.platform import target
 from ops.sampling import SamplingParams
 
-MODELS: dict[str, dict[str, Any]] = {
-    "llama3-8b": {
-        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "intermediate_size": 14336, "max_position_embeddings": 8192, "rope_theta": 500000.0,
-        "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-    },
-    "qwen2.5-7b": {
-        "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584,
-        "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-        "intermediate_size": 18944, "max_position_embeddings": 131072, "rope_theta": 1000000.0,
-        "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-    },
-}  # fmt: skip
-"""The sizes in the public ``config.json`` of each."""
-
 DTYPES = ("bfloat16", "float32")
 GIB = 2**30
-PROGRAMS = ("prefill", "decode")
+PROGRAMS = {"prefill": 0, "decode": 1}
+"""The loops that each consists of: those of which one turn is what is asked about."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is asked. An empty ``mesh``: key heads over tensor while they last, then context."""
+    """What is asked.
+
+    An empty ``mesh``: key heads over tensor as far as they divide, the rest over context. Heads
+    that a mesh given does not divide are on each of its devices, as the engine has them.
+    """
 
     model: tuple[str, ...]
     slice: tuple[str, ...]
     lengths: tuple[int, ...]
+    policy: tuple[str, ...] = ("dense",)
     mesh: str = ""
     rows: int = 1
     prefill_size: int = 512
     dtype: str = "bfloat16"
     cache_dtype: str = "bfloat16"
     layers: int | None = None
-
-
-def config_of(name: str, layers: int | None = None) -> decoder.Config:
-    """The config of a known name or of a local Hugging Face directory, with another depth if asked.
-
-    Raises:
-        ValueError: neither, or no positive number of layers.
-    """
-    if name in MODELS:
-        cfg = from_hf(MODELS[name])
-    elif Path(name).is_dir():
-        cfg = read_config(name)
-    else:
-        raise ValueError(
-            f"unknown model {name!r}: use {', '.join(MODELS)}, or a folder that holds config.json."
-        )
-    if layers is None:
-        return cfg
-    if layers < 1:
-        raise ValueError(f"layers must be 1 or more, got {layers}.")
-    windows = None if cfg.windows is None else (cfg.windows * layers)[:layers]
-    return dataclasses.replace(cfg, num_layers=layers, windows=windows)
 
 
 def mesh_sizes(text: str, cfg: decoder.Config, name: str) -> dict[str, int]:
@@ -154,7 +132,7 @@ def check(settings: Settings, sizes: dict[str, int]) -> None:
 
 
 def abstract(
-    cfg: decoder.Config, mesh: Mesh, settings: Settings, length: int
+    cfg: decoder.Config, policy: Any, mesh: Mesh, settings: Settings, length: int
 ) -> tuple[decoder.Params, State]:
     """Shapes of the weights and of the decoding state, in their places on the mesh."""
     rules, rows = ShardingRules(), settings.rows
@@ -166,7 +144,7 @@ def abstract(
 
     def start() -> State:
         zeros = jnp.zeros(rows, jnp.int32)
-        width = decoder.default_policy(cfg).key_width(cfg)
+        width = policy.key_width(cfg)
         return State(
             tokens=jnp.zeros((rows, length), jnp.int32),
             begin=zeros,
@@ -187,25 +165,26 @@ def abstract(
     return weights, state
 
 
-def lowered(
-    program: str, cfg: decoder.Config, mesh: Mesh, settings: Settings, length: int
-) -> jax.stages.Lowered:
+def traced(
+    program: str, cfg: decoder.Config, policy: Any, mesh: Mesh, settings: Settings, length: int
+) -> jax.stages.Traced:
     """One of the engine's programs, traced for a TPU over the mesh."""
-    weights, state = abstract(cfg, mesh, settings, length)
+    weights, state = abstract(cfg, policy, mesh, settings, length)
     whole = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
-    rows, policy = settings.rows, decoder.default_policy(cfg)
+    policy, sampling = jax.tree.map(
+        lambda x: whole(x.shape, x.dtype),
+        jax.eval_shape(lambda: (policy, SamplingParams.make())),
+    )
+    rows = settings.rows
     with target("tpu"), jax.set_mesh(mesh):
         if program == "prefill":
             chunk = whole((rows, settings.prefill_size), jnp.int32)
             counts = whole((rows,), jnp.int32)
-            return prefill_chunk.lower(
+            return prefill_chunk.trace(
                 weights, cfg, policy, state.cache, chunk, counts, counts,
-                extent=length, outputs=frozenset(),
+                extent=length, outputs=frozenset(), prompt_lengths=counts,
             )  # fmt: skip
-        sampling = jax.tree.map(
-            lambda x: whole(x.shape, x.dtype), jax.eval_shape(SamplingParams.make)
-        )
-        return decode_rounds.lower(
+        return decode_rounds.trace(
             weights, cfg, policy, NoDrafter(), None, state, whole((rows,), jnp.int32), sampling,
             whole((1,), jnp.int32), whole((), jnp.int32), extent=length, rule="greedy",
         )  # fmt: skip
@@ -220,21 +199,28 @@ def embedding_bytes(cfg: decoder.Config, mesh: Mesh, settings: Settings) -> int:
     return math.prod(shard) * jnp.dtype(settings.dtype).itemsize
 
 
-def figures(compiled: Any, chip: tpu_slices.Chip, unread: int) -> dict[str, Any]:
+def figures(compiled: Any, chip: tpu_slices.Chip, unread: int, looped: bool) -> dict[str, Any]:
     """What the compiler says of a program, and the rooflines of one device.
 
-    ``unread``: bytes of arguments that a step does not read.
+    Args:
+        unread: bytes of arguments that a step does not read.
+        looped: whether the compiler's counts leave out turns; then they are None, and the seconds.
     """
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    memory = compiled.memory_analysis()
     arguments = memory.argument_size_in_bytes
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
     temporaries = memory.temp_size_in_bytes + max(0, fresh)
-    work = cost["flops"] / chip.flops
-    return {
+    needs = {
         "arguments_gib": arguments / GIB,
         "temporaries_gib": temporaries / GIB,
         "total_gib": (arguments + temporaries) / GIB,
         "memory_share": (arguments + temporaries) / GIB / chip.memory_gib,
+    }
+    if looped:
+        return needs | dict.fromkeys(("flops", "bytes", "least_seconds", "counted_seconds"))
+    cost = compiled.cost_analysis()
+    work = cost["flops"] / chip.flops
+    return needs | {
         "flops": cost["flops"],
         "bytes": cost["bytes accessed"],
         "least_seconds": max(work, (arguments - unread) / chip.bandwidth),
@@ -248,11 +234,17 @@ def refusal(message: str) -> str | None:
     return found.group(0) if found and "RESOURCE_EXHAUSTED" in message else None
 
 
-def compile_one(lowering: Any, chip: tpu_slices.Chip, unread: int) -> dict[str, Any]:
-    """Figures of one program, or the compiler's refusal; and the seconds of compiling it."""
+def compile_one(
+    tracing: jax.stages.Traced, chip: tpu_slices.Chip, unread: int, loops: int
+) -> dict[str, Any]:
+    """Figures of one program, or the compiler's refusal; and the seconds of compiling it.
+
+    ``loops``: those of which one turn is meant, see :data:`PROGRAMS`.
+    """
+    looped, lowered = product_depth(tracing.jaxpr.jaxpr) > loops, tracing.lower()
     start = time.perf_counter()
     try:
-        found: dict[str, Any] = {"fits": True, **figures(lowering.compile(), chip, unread)}
+        found: dict[str, Any] = {"fits": True, **figures(lowered.compile(), chip, unread, looped)}
     except jax.errors.JaxRuntimeError as error:
         reason = refusal(str(error))
         if reason is None:
@@ -261,18 +253,21 @@ def compile_one(lowering: Any, chip: tpu_slices.Chip, unread: int) -> dict[str, 
     return found | {"compile_seconds": time.perf_counter() - start}
 
 
-def measure(settings: Settings, model: str, name: str, length: int) -> dict[str, Any]:
-    """One row: a model at a length on a slice."""
+def measure(settings: Settings, model: str, policy: str, name: str, length: int) -> dict[str, Any]:
+    """One row: a model under a policy at a length on a slice."""
     cfg, place = config_of(model, settings.layers), tpu_slices.slice_named(name)
     sizes = mesh_sizes(settings.mesh, cfg, name)
     mesh = make_mesh(sizes, tpu_slices.devices(place.topology))
-    unread = embedding_bytes(cfg, mesh, settings)
+    unread, rules = embedding_bytes(cfg, mesh, settings), policy_of(policy, cfg)
     programs = {
-        program: compile_one(lowered(program, cfg, mesh, settings, length), place.chip, unread)
-        for program in PROGRAMS
+        program: compile_one(
+            traced(program, cfg, rules, mesh, settings, length), place.chip, unread, loops
+        )
+        for program, loops in PROGRAMS.items()
     }
     return {
         "model": model if model in MODELS else Path(model).name,
+        "policy": policy,
         "layers": cfg.num_layers,
         "slice": name,
         "mesh": ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1),
@@ -287,24 +282,30 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     """All rows; everything that can be refused is, before the first compilation.
 
     Raises:
-        ValueError: a name, a mesh or a length that does not do.
+        ValueError: a name, a policy, a mesh or a length that does not do.
         RuntimeError: libtpu is not installed.
     """
     for model in settings.model:
+        cfg = config_of(model, settings.layers)
+        for policy in settings.policy:
+            policy_of(policy, cfg)
         for name in settings.slice:
-            check(settings, mesh_sizes(settings.mesh, config_of(model, settings.layers), name))
+            check(settings, mesh_sizes(settings.mesh, cfg, name))
     rows = []
-    for name in settings.slice:
-        for model in settings.model:
-            for length in settings.lengths:
-                rows.append(measure(settings, model, name, length))
-                print(sentence(rows[-1]), flush=True)
+    for name, model, length, policy in itertools.product(
+        settings.slice, settings.model, settings.lengths, settings.policy
+    ):
+        rows.append(measure(settings, model, policy, name, length))
+        print(sentence(rows[-1]), flush=True)
     return rows
 
 
 def sentence(row: dict[str, Any]) -> str:
     """A row in words."""
-    what = f"{row['model']} with {row['length']} slots on {row['slice']} ({row['mesh']})"
+    what = (
+        f"{row['model']}, {row['policy']}, with {row['length']} slots on {row['slice']} "
+        f"({row['mesh']})"
+    )
     if row["fits"]:
         total = max(found["total_gib"] for found in row["programs"].values())
         least = row["programs"]["decode"]["least_seconds"]
@@ -333,6 +334,7 @@ def settings_of(values: Any) -> Settings:
         model=tuple(values.model),
         slice=tuple(values.slice),
         lengths=tuple(int(text) for text in values.lengths),
+        policy=tuple(values.policy),
         mesh=values.mesh,
         rows=values.rows,
         prefill_size=values.prefill_size,
@@ -340,8 +342,8 @@ def settings_of(values: Any) -> Settings:
         cache_dtype=values.cache_dtype,
         layers=values.layers,
     )
-    if not (settings.model and settings.slice and settings.lengths):
-        raise ValueError("give at least one each of --model, --slice and --lengths.")
+    if not (settings.model and settings.slice and settings.lengths and settings.policy):
+        raise ValueError("give at least one each of --model, --slice, --lengths and --policy.")
     return settings
 
 
@@ -354,7 +356,7 @@ def main(_: list[str]) -> None:
         rows = run(settings)
     except (ValueError, RuntimeError, FileNotFoundError) as error:
         raise SystemExit(str(error)) from error
-    print(markdown(shown.HEADER, [shown.row(row) for row in rows]))
+    print(markdown(shown.POLICY_HEADER, [shown.policy_row(row) for row in rows]))
     timing = {"libtpu": metadata.version("libtpu")}
     folder = Path(flags.FLAGS.out) if flags.FLAGS.out else None
     name = f"fit_{flags.FLAGS.label}" if flags.FLAGS.label else "fit"
@@ -366,6 +368,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("model", ["llama3-8b"], f"{', '.join(MODELS)}, or folders with config.json.")
     flags.DEFINE_list("slice", ["v5e-16"], f"Of {', '.join(tpu_slices.SLICES)}.")
     flags.DEFINE_list("lengths", ["32768"], "Cache slots per row.")
+    flags.DEFINE_list("policy", ["dense"], "Attention policies by name, as dual_chunk:6144:1024.")
     flags.DEFINE_string("mesh", "", "As context=4,tensor=4; empty: chosen by key heads.")
     flags.DEFINE_integer("rows", 1, "Sequences at a time.")
     flags.DEFINE_integer("prefill_size", 512, "Tokens per chunk of a prompt.")

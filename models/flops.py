@@ -30,6 +30,26 @@ def product_flops(function: Callable[..., Any], *arguments: Any) -> float:
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
+def product_depth(jaxpr: Any, around: int = 0) -> int:
+    """The most loops that stand around one matrix product or kernel of a jaxpr; 0 if there is none.
+
+    The compiler's own cost analysis counts one turn of each. A scan of one turn is no loop here.
+
+    Args:
+        around: the loops that the jaxpr itself stands in.
+    """
+    deepest = 0
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name in ("dot_general", "pallas_call"):
+            deepest = max(deepest, around)
+            continue
+        loops = name == "while" or (name == "scan" and equation.params["length"] > 1)
+        for part in _jaxprs(equation.params):
+            deepest = max(deepest, product_depth(part, around + loops))
+    return deepest
+
+
 def _count(jaxpr: Any) -> float:
     total = 0.0
     for equation in jaxpr.eqns:

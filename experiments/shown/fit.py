@@ -20,6 +20,7 @@ HEADER = (
     "decoding step, ms",
     "prompt chunk, ms",
 )
+POLICY_HEADER = (HEADER[0], "policy", *HEADER[1:])
 
 
 def slots(length: int) -> str:
@@ -33,6 +34,8 @@ def slots(length: int) -> str:
 def _seconds(found: dict[str, Any]) -> str:
     if not found["fits"]:
         return ""
+    if found["least_seconds"] is None:
+        return "not counted"
     return f"{1e3 * found['least_seconds']:.2f} to {1e3 * found['counted_seconds']:.2f}"
 
 
@@ -70,6 +73,12 @@ def row(found: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def policy_row(found: dict[str, Any]) -> tuple[str, ...]:
+    """The same with the attention policy, for tables of several."""
+    model, *rest = row(found)
+    return (model, found["policy"], *rest)
+
+
 @dataclasses.dataclass(frozen=True)
 class FitTable(Table):
     """A table of compilations: its caption names the compiler and the settings, and no seeds."""
@@ -94,4 +103,6 @@ PAGE = "research/context/README.md"
 TABLES = (
     FitTable("fit", PAGE, "fit", HEADER, row),
     FitTable("fit-refused", PAGE, "fit_refused", HEADER, row),
+    FitTable("fit-smollm2", PAGE, "fit_smollm2", HEADER, row),
+    FitTable("fit-policies", PAGE, "fit_policies", POLICY_HEADER, policy_row),
 )

@@ -63,7 +63,7 @@ class ScaledRope:
 
 
 def check_policy(name: str) -> tuple[str, list[str]]:
-    """The registered function for a policy's name, and the name's arguments.
+    """The form in :data:`POLICIES` that a policy's name has, and the name's arguments.
 
     Raises:
         ValueError: an unknown policy, or arguments that are missing or superfluous.
@@ -74,9 +74,9 @@ def check_policy(name: str) -> tuple[str, list[str]]:
         raise ValueError(f"unknown policy {name!r}: choose one of {', '.join(POLICIES)}.")
     for form in forms:
         if form.count(":") == len(arguments) and all(arguments):
-            return POLICIES[form], arguments
+            return form, arguments
         if form.endswith(":DIR") and arguments:
-            return POLICIES[form], [":".join(arguments)]
+            return form, [":".join(arguments)]
     raise ValueError(f"policy {name!r} has the wrong arguments: write {' or '.join(forms)}.")
 
 
@@ -87,8 +87,8 @@ def make_policy(name: str, cfg: Config) -> Any:
         ValueError: see :func:`check_policy`, or what it names does not fit the model.
         FileNotFoundError: nothing at the place that the name gives.
     """
-    entry, arguments = check_policy(name)
-    return pkgutil.resolve_name(entry)(arguments, cfg)
+    form, arguments = check_policy(name)
+    return pkgutil.resolve_name(POLICIES[form])(arguments, cfg)
 
 
 def load_dense(arguments: list[str], cfg: Config) -> DensePolicy:

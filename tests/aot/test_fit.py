@@ -1,6 +1,8 @@
 """What ``experiments.fit`` says of a small model, by the real TPU compiler."""
 
+import dataclasses
 import json
+import pathlib
 
 import pytest
 
@@ -50,5 +52,32 @@ def test_too_long_a_context_is_refused_in_words(asked):
     chip = tpu_slices.V5E
     cfg = fit.config_of(asked.model[0])
     mesh = fit.make_mesh(asked.mesh, tpu_slices.devices("v5e:2x4"))
-    found = fit.compile_one(fit.lowered("decode", cfg, mesh, asked, length), chip, 0)
+    program = fit.traced("decode", cfg, fit.policy_of("dense", cfg), mesh, asked, length)
+    found = fit.compile_one(program, chip, 0, loops=1)
     assert not found["fits"] and "Ran out of memory" in found["refusal"]
+
+
+@pytest.mark.parametrize("axes, counted", [("context=4,tensor=2", False), ("tensor=8", True)])
+def test_dual_chunks_compile_over_split_slots_and_in_kernels(asked, axes, counted):
+    settings = dataclasses.replace(
+        asked, lengths=(16384,), policy=("dense", "dual_chunk:6144:1024"), mesh=axes
+    )
+    dense, chunks = fit.run(settings)
+    assert (dense["policy"], chunks["policy"]) == settings.policy and chunks["fits"]
+    for name, program in chunks["programs"].items():
+        held = dense["programs"][name]["arguments_gib"]
+        assert program["arguments_gib"] == pytest.approx(held, rel=1e-3)
+        assert (program["least_seconds"] is not None) == (counted or name == "decode")
+
+
+def test_three_key_heads_compile_over_eight_devices(asked):
+    """Chosen so, or split over two by force: then each device has all of them."""
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
+    place = pathlib.Path(asked.model[0]) / "config.json"
+    folder = place.parent / "odd"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(json.loads(place.read_text()) | heads))
+    fields = {"model": (str(folder),), "lengths": (16384,)}
+    (chosen,) = fit.run(dataclasses.replace(asked, mesh="", **fields))
+    (forced,) = fit.run(dataclasses.replace(asked, mesh="tensor=2,context=4", **fields))
+    assert chosen["mesh"] == "context=8" and chosen["fits"] and forced["fits"]

@@ -1,11 +1,15 @@
 """Work counted from a program against counts by hand."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 
 from models import decoder
-from models.flops import layer_flops, product_flops
+from models.flops import layer_flops, product_depth, product_flops
 from tests.inference.models import config, weights
 
 
@@ -29,6 +33,31 @@ def test_loops_count_every_turn_and_branches_the_dearest() -> None:
     endless = lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ a, x)
     with pytest.raises(ValueError, match="while loop"):
         product_flops(endless, a)
+
+
+def test_loops_around_products() -> None:
+    a = jnp.ones((4, 4))
+    turn = lambda x, _: (x @ a, None)
+
+    def depth(function: Callable[[jax.Array], Any]) -> int:
+        return product_depth(jax.make_jaxpr(function)(a).jaxpr)
+
+    def repeat(x: jax.Array, n: int) -> jax.Array:
+        return jax.lax.scan(turn, x, None, length=n)[0]
+
+    def until(x: jax.Array, inner: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        return jax.lax.while_loop(lambda x: x[0, 0] < 9, inner, x)
+
+    assert depth(jnp.sin) == 0 and depth(jax.jit(lambda x: x @ a)) == 0
+    assert depth(lambda x: repeat(x, 3)) == 1 and depth(lambda x: repeat(x, 1)) == 0
+    assert depth(lambda x: until(x, lambda x: x + 1) @ a) == 0
+    assert depth(lambda x: until(x, lambda x: repeat(x, 2)) @ a) == 2
+
+    def kernel(x: Any, out: Any) -> None:
+        out[...] = 2 * x[...]
+
+    double = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(a.shape, a.dtype))
+    assert depth(double) == 0 and depth(lambda x: until(x, double)) == 1
 
 
 def test_a_decoder_costs_its_layers_and_its_head() -> None:
