@@ -270,7 +270,7 @@ def main(_: Sequence[str]) -> None:
     answers = statements.answer(rows, wanted, len(settings.seeds))
     print(show(rows))
     print(statements.show(answers))
-    name = f"deeponet_{settings.study}{flags.FLAGS.label}"
+    name = record.name_of(f"deeponet_{settings.study}", None, flags.FLAGS.label)
     path = record.save(name, rows, config=settings, seeds=settings.seeds, statements=answers)
     print("saved", path)
 

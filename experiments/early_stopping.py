@@ -225,8 +225,7 @@ def main(_: Sequence[str]) -> None:
     rows = run(settings, load(settings.model))
     answers = statements.answer(rows, STATEMENTS, len(settings.seeds))
     print(statements.show(answers))
-    label = f"_{flags.FLAGS.label}" if flags.FLAGS.label else ""
-    name = f"early_stopping{label}"
+    name = record.name_of("early_stopping", None, flags.FLAGS.label)
     path = record.save(name, rows, config=settings, seeds=settings.seeds, statements=answers)
     print("saved", path)
 

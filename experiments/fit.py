@@ -359,7 +359,7 @@ def main(_: list[str]) -> None:
     print(markdown(shown.POLICY_HEADER, [shown.policy_row(row) for row in rows]))
     timing = {"libtpu": metadata.version("libtpu")}
     folder = Path(flags.FLAGS.out) if flags.FLAGS.out else None
-    name = f"fit_{flags.FLAGS.label}" if flags.FLAGS.label else "fit"
+    name = record.name_of("fit", None, flags.FLAGS.label)
     print("saved", record.save(name, rows, config=settings, seeds=[], timing=timing, folder=folder))
 
 

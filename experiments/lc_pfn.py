@@ -185,7 +185,7 @@ def main(_: Sequence[str]) -> None:
     answers = statements.answer(rows, STATEMENTS, len(settings.seeds))
     print(show(rows))
     print(statements.show(answers))
-    name = f"lc_pfn_{flags.FLAGS.label}" if flags.FLAGS.label else "lc_pfn"
+    name = record.name_of("lc_pfn", None, flags.FLAGS.label)
     bandwidth = {"memory_bandwidth_gb_s": record.memory_bandwidth()}
     path = record.save(
         name,

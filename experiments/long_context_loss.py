@@ -32,7 +32,7 @@ def read_text(name: str, split: str = "test") -> str:
     path = pathlib.Path(name)
     if not path.is_file():
         return "\n\n".join(document.text for document in load_corpus(name, split))
-    text = path.read_text(encoding="utf-8-sig").replace("\r\n", "\n")
+    text = path.read_text(encoding="utf-8-sig")
     if begin := _BEGIN.search(text):
         text = text[begin.end() :]
     if end := _END.search(text):

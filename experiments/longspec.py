@@ -30,6 +30,7 @@ from inference.policies.registry import make_policy
 from models import decoder
 from models.attention import Step
 from models.load import Model, load
+from models.params import nbytes
 from ops.attention import AttentionMask, attention, hybrid_tree_attention
 from ops.sampling import SamplingParams
 from ops.tree import tree_from_parents
@@ -145,7 +146,7 @@ def draft_bytes(model: Model, drafter: Drafter, params: Any, slots: int) -> int:
         return drafter.init(params, seen, request, TargetOutputs(text), slots)
 
     made = jax.eval_shape(start, params, model.params)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made))
+    return nbytes(made)
 
 
 def tree_attention(s: Settings, model: Model, slots: int) -> Callable[[int], dict[str, float]]:

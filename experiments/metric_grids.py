@@ -378,8 +378,7 @@ def main(_: Sequence[str]) -> None:
     rows = run(settings)
     answers = statements.answer(rows, STATEMENTS[settings.part], len(settings.seeds))
     print(statements.show(answers))
-    label = f"_{flags.FLAGS.label}" if flags.FLAGS.label else ""
-    name = f"metric_grids_{settings.part}{label}"
+    name = record.name_of(f"metric_grids_{settings.part}", None, flags.FLAGS.label)
     path = record.save(name, rows, config=settings, seeds=settings.seeds, statements=answers)
     print("saved", path)
 

@@ -22,6 +22,7 @@ from experiments import record, statements
 from experiments.long_context_tasks import PromptEncoder
 from experiments.settings import from_flags
 from experiments.statements import Statement, at_least, value
+from inference.cache import slot_bytes
 from inference.drafter import NoDrafter
 from inference.drafters.draft_model import check_tokenizer
 from inference.engine import Engine, make_engine
@@ -245,11 +246,6 @@ def likelihood(laws: Sequence[np.ndarray], cases: Sequence[Case]) -> float:
         for law, case in zip(laws, cases, strict=True)
     ]
     return float(np.mean(np.concatenate(logs)))
-
-
-def slot_bytes(cfg: decoder.Config) -> int:
-    """Bytes of a token's keys and values."""
-    return 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * 4
 
 
 def kv_bytes(cfg: decoder.Config, stats: Any, cases: Sequence[Case], drafting: int = 0) -> float:

@@ -142,9 +142,13 @@ def save(
     return _write(name, result, folder)
 
 
-def name_of(experiment: str, model: str, *endings: str) -> str:
-    """The name of a result on a model: by the last part of its path, and endings but empty ones."""
-    parts = (experiment, Path(model).name.replace("-", "_"), *endings)
+def name_of(experiment: str, model: str | None = None, *endings: str) -> str:
+    """The name of a result: the last part of its model's path, if any, and endings but empty ones.
+
+    Args:
+        model: what it was measured on; None: no one model.
+    """
+    parts = (experiment, Path(model or "").name.replace("-", "_"), *endings)
     return "_".join(part for part in parts if part)
 
 

@@ -257,10 +257,8 @@ def main(_: Sequence[str]) -> None:
     answers = statements.answer(rows, asked, len(settings.seeds))
     print(show(rows))
     print(statements.show(answers))
-    label = f"_{flags.FLAGS.label}" if flags.FLAGS.label else ""
-    path = record.save(
-        f"seqpe{label}", rows, config=settings, seeds=settings.seeds, statements=answers
-    )
+    name = record.name_of("seqpe", None, flags.FLAGS.label)
+    path = record.save(name, rows, config=settings, seeds=settings.seeds, statements=answers)
     print("saved", path)
 
 

@@ -176,10 +176,8 @@ def main(_: Sequence[str]) -> None:
     print(statements.show(answers))
     # Where the images lie is nobody's business.
     kept = dataclasses.replace(settings, images=pathlib.Path(settings.images).name)
-    label = f"_{flags.FLAGS.label}" if flags.FLAGS.label else ""
-    path = record.save(
-        f"seqpe_vit{label}", rows, config=kept, seeds=settings.seeds, statements=answers
-    )
+    name = record.name_of("seqpe_vit", None, flags.FLAGS.label)
+    path = record.save(name, rows, config=kept, seeds=settings.seeds, statements=answers)
     print("saved", path)
 
 

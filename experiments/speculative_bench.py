@@ -36,6 +36,7 @@ from inference.engine import Engine, bucket, make_engine
 from inference.tuning import WIDTHS, pass_seconds, tuned
 from models.layout import by_rows, for_decoding
 from models.load import Model, load
+from models.params import nbytes
 from ops.sampling import SamplingParams
 from train.data.prompts import load_prompts
 
@@ -198,7 +199,7 @@ def counters(states: Sequence[Any], layers: int) -> dict[str, Any]:
 
 def state_bytes(state: Any) -> int:
     """Bytes that a drafter remembers for one row."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(state.drafter))
+    return nbytes(state.drafter)
 
 
 def make_engines(model: Model, sides: dict[str, tuple[Any, Any]]) -> dict[str, Engine]:

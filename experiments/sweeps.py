@@ -82,8 +82,7 @@ def main(_: Sequence[str]) -> None:
     values = {
         field.name: getattr(flags.FLAGS, field.name) for field in dataclasses.fields(Settings)
     }
-    name = pathlib.Path(values["sweep"]).stem
-    name += f"_{flags.FLAGS.label}" if flags.FLAGS.label else ""
+    name = record.name_of(pathlib.Path(values["sweep"]).stem, None, flags.FLAGS.label)
     values["stop_options"] = tuple(values["stop_options"])
     values["folder"] = values["folder"] or f"runs/sweeps/shown_{name}"
     settings = Settings(**values)

@@ -10,6 +10,7 @@ Under a mesh with an axis ``context`` everything per slot is split over it (:mod
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from inference.slots import take_slots, write_run, write_slots
 from models.decoder import Config, default_policy
+from models.params import nbytes
 from ops.attention import AttentionMask
 
 
@@ -157,14 +159,17 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Bytes allocated, bookkeeping included."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+        return nbytes(self)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of keys and values in one slot of a row, all layers together."""
+        rows, slots = self.positions.shape
+        return nbytes(self.layers) // (rows * slots)
 
     def used_bytes(self) -> Int[Array, ""]:
         """Bytes of keys and values in committed slots."""
-        per_slot = sum(
-            leaf.nbytes // (leaf.shape[0] * self.capacity) for leaf in jax.tree.leaves(self.layers)
-        )
-        return per_slot * jnp.sum(self.length)
+        return self.slot_bytes * jnp.sum(self.length)
 
 
 def init_cache(
@@ -193,6 +198,12 @@ def init_cache(
     )
 
 
+def slot_bytes(cfg: Config, dtype: Any = jnp.float32, key_width: int | None = None) -> int:
+    """Bytes of one token's keys and values in a cache that :func:`init_cache` makes of these."""
+    make = functools.partial(init_cache, cfg, 1, 1, dtype, key_width)
+    return jax.eval_shape(make).slot_bytes
+
+
 @struct.dataclass
 class Ring:
     """Keys and values of the newest tokens of one layer, at ``position % slots`` of each row.
@@ -214,7 +225,7 @@ class Ring:
     @property
     def nbytes(self) -> int:
         """Bytes allocated, whatever the length of the text."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+        return nbytes(self)
 
     def append(
         self,

@@ -85,9 +85,9 @@ def test_the_frame_of_a_book_is_left_out(tmp_path: pathlib.Path):
     book = tmp_path / "book.txt"
     frame = "*** {} OF THE PROJECT GUTENBERG EBOOK X ***"
     book.write_text(
-        f"Licence.\r\n{frame.format('START')}\r\nCall me.\r\n{frame.format('END')}\nEnd."
+        f"Licence.\r\n{frame.format('START')}\r\nCall me\r\n.\r\n{frame.format('END')}\nEnd."
     )
-    assert read_text(str(book)).strip() == "Call me."
+    assert read_text(str(book)) == "\nCall me\n.\n"
 
 
 # Tasks.

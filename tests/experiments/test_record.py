@@ -64,3 +64,5 @@ def test_bandwidth_is_positive_and_finite():
 def test_a_result_is_named_by_experiment_model_and_endings():
     assert record.name_of("bench", "runs/some-model", "", "label") == "bench_some_model_label"
     assert record.name_of("bench", "python-5m", "") == "bench_python_5m"
+    assert record.name_of("fit", None, "a-label") == "fit_a-label"
+    assert record.name_of("fit") == record.name_of("fit", None, "") == "fit"

@@ -1,6 +1,5 @@
 """Drafts that end by a rule without training."""
 
-import functools
 from typing import Any
 
 import jax
@@ -24,19 +23,10 @@ from inference.drafters.draft_model import DraftModel
 from inference.loop import decode_rounds
 from models import decoder
 from ops.sampling import SamplingParams
-from tests.inference.models import NEW, assert_needs_no_laws, config, engine, prompts, weights
+from tests.inference.models import NEW, assert_needs_no_laws, config, engine, near, prompts
 
 CFG, LENGTH = config(), 5
 SAMPLED = SamplingParams.make(1.0)
-
-
-@functools.cache
-def near() -> decoder.Params:
-    """Nearly the target, so that rounds end after none, some and all of the drafted tokens."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda x: x + 0.08 * jnp.asarray(rng.normal(size=x.shape), x.dtype), weights(CFG)
-    )
 
 
 def generate(rule: Rule, limits: Limits, sampling: SamplingParams = SAMPLED, **settings: Any):

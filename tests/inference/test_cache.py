@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from inference.cache import Cache, check_capacity, init_cache
+from inference.cache import Cache, check_capacity, init_cache, slot_bytes
 from inference.drafter import NoDrafter
 from inference.loop import decode_rounds
 from models import decoder
@@ -109,7 +109,17 @@ def test_bytes_are_counted():
     cache = filled([3, 5], [0, 0])
     per_slot = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, width, float32
     assert cache.nbytes == 2 * 12 * per_slot + 2 * 12 * 4 + 3 * 2 * 4
-    assert int(cache.used_bytes()) == 8 * per_slot
+    assert int(cache.used_bytes()) == 8 * per_slot and cache.slot_bytes == per_slot
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(jnp.float32, 4), (jnp.bfloat16, 2)])
+def test_a_tokens_bytes_are_those_of_the_cache_that_would_hold_it(dtype, size):
+    cfg = config(num_layers=3)
+    for width in (None, 24):  # keys may be wider than values
+        made = init_cache(cfg, 2, 5, dtype, width)
+        held = sum(x.size * size for x in jax.tree.leaves(made.layers))
+        assert slot_bytes(cfg, dtype, width) == held / 10
+        assert slot_bytes(cfg, dtype, width) == 3 * 2 * ((width or 8) + 8) * size
 
 
 def test_too_small_a_cache_is_refused():

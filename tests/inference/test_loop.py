@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from inference.drafter import Draft, NoDrafter
+from inference.drafters.draft_model import draft_model
 from inference.drafters.lookup import LookupDrafter
 from inference.loop import decode_rounds, prefill_chunk, score_draft
 from models import decoder
@@ -24,6 +25,7 @@ from tests.inference.models import (
     config,
     engine,
     forward_logits,
+    near,
     prefilled,
     prompts,
     script,
@@ -76,8 +78,13 @@ def one_round_at_a_time(eng, texts, new, after_round, extent=128):
     return state
 
 
-def test_the_cache_after_every_round_equals_one_recomputed():
+@pytest.mark.parametrize("kind", ["tree", "chain"])
+def test_the_cache_after_every_round_equals_one_recomputed(kind):
+    """Paths of a tree are gathered, a chain's first entries stay where they are."""
     cfg, texts = config(), prompts()
+    drafter, params = TokenRecycling(), None
+    if kind == "chain":
+        drafter, params = draft_model(cfg, near(), cfg, length=3, sampled=False)
     compared = []
 
     def compare(state):
@@ -93,9 +100,9 @@ def test_the_cache_after_every_round_equals_one_recomputed():
                 np.testing.assert_allclose(a[row, :, :n], b[row, :, :n], atol=1e-5)
         compared.append(state.stats.accepted.sum())
 
-    one_round_at_a_time(engine(drafter=TokenRecycling()), texts, NEW, compare)
-    # The path of a tree is scattered over its slots: without accepted drafts nothing was shown.
-    assert compared[-1] > 10
+    state = one_round_at_a_time(engine(drafter=drafter, drafter_params=params), texts, NEW, compare)
+    # Nothing would be shown if no draft were accepted, or all of them.
+    assert compared[-1] > 10 and int(state.stats.discarded.sum()) > 10
 
 
 def test_counters_add_up_in_every_round():

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from inference.cache import Cache, check_capacity, init_cache
+from inference.cache import Cache, check_capacity, init_cache, slot_bytes
 from inference.drafters.draft_model import check_vocabulary
 from models import decoder
 from models.attention import Step
@@ -268,9 +268,7 @@ class PaddedDecoder:
 
     def bytes_per_realignment(self, rows: int, length: int) -> int:
         """Bytes of keys and values that one realignment copies."""
-        item = np.dtype(self.params.final_norm.scale.dtype).itemsize
-        per_slot = 2 * self.cfg.num_kv_heads * self.cfg.head_dim * item
-        return rows * self.cfg.num_layers * length * per_slot
+        return rows * length * slot_bytes(self.cfg, self.params.final_norm.scale.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

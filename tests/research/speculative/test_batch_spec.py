@@ -3,8 +3,6 @@
 import functools
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,7 +10,6 @@ from inference.batching import Batching, Job
 from inference.drafters.draft_model import DraftModel, draft_model
 from inference.engine import Engine
 from inference.scheduler import SameLength
-from models import decoder
 from ops.sampling import SamplingParams
 from research.speculative.batch_spec.equivalence import (
     Outcome,
@@ -26,20 +23,11 @@ from research.speculative.batch_spec.equivalence import (
 )
 from research.speculative.batch_spec.padded import PaddedDecoder, mask_positions, realign_padding
 from research.speculative.batch_spec.pool import SequencePool
-from tests.inference.models import VOCAB, config, engine, prompts, weights
+from tests.inference.models import VOCAB, config, engine, near, prompts, weights
 from tests.inference.test_drafters import TINY
 
 CFG, NEW, K = config(), 14, 3
 PROMPTS = prompts(1, 2, 3, 7, 9, 4)
-
-
-@functools.cache
-def near() -> decoder.Params:
-    """Nearly the target, so that rounds end after none, some and all of the drafted tokens."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda x: x + 0.08 * jnp.asarray(rng.normal(size=x.shape), x.dtype), weights(CFG)
-    )
 
 
 @functools.cache

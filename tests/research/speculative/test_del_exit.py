@@ -301,6 +301,31 @@ def test_what_is_seen_of_the_exit_in_use_is_its_draft():
             assert state.stats.emitted[row] >= 1 and n <= 6
 
 
+def test_a_round_emits_and_teaches_no_more_than_its_draft_and_one():
+    """Without decay every position that is learnt from counts once for every exit."""
+    drafter, params = drafter_of(controls={"omega": 1.0})
+    eng = engine(CFG, drafter=drafter, drafter_params=params)
+    state, seeds = eng.start(prompts(), NEW, GREEDY)
+    learn, lengths = jax.jit(lambda params, own: drafter._learn(params, own, _target(eng))), set()
+
+    def seen(own: Any) -> np.ndarray:
+        return np.asarray(own.statistics.counts[:, :2].sum(-1))
+
+    for _ in range(3):
+        before, drafted = np.asarray(state.length), np.asarray(state.stats.drafted)
+        state = decode_rounds(
+            eng.params, CFG, decoder.default_policy(CFG), drafter, params, state, seeds, GREEDY,
+            jnp.zeros((0,), jnp.int32), jnp.asarray(1), extent=64,
+        )  # fmt: skip
+        most = np.asarray(state.stats.drafted) - drafted + 1
+        emitted = np.asarray(state.length) - before
+        assert np.all((emitted >= 1) & (emitted <= most))
+        used = seen(learn(params, state.drafter)) - seen(state.drafter)
+        assert np.all((used >= 1) & (used <= most[:, None]))
+        lengths |= set(most.tolist())
+    assert len(lengths) > 1
+
+
 def test_lengths_and_thresholds_of_the_static_methods_move():
     drafter, params = drafter_of(method="fsm", controls={"exit_layer": 2, "gamma": 1})
     state = drafter.init(params, _target(engine(CFG)), request_of([1] * 3), NO_PROMPT, 64)

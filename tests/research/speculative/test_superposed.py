@@ -182,17 +182,41 @@ def test_the_cache_has_one_row_per_prompt_and_grows_by_one_entry_per_token(trace
             np.testing.assert_array_equal(cache.positions[row, :n], np.arange(n))
 
 
+@pytest.mark.parametrize("k", [1, 5])
+def test_a_step_is_one_pass_over_one_entry_whatever_k(k, monkeypatch):
+    eng, settings, seen = engine(), Superposition.make(k), []
+    drafts, cache, extent = start_drafts(eng, prompts(), NEW, k)
+    real = decoder.forward
+
+    def counted(*args, **given):
+        seen.append(given["embeds"].shape)
+        return real(*args, **given)
+
+    monkeypatch.setattr(decoder, "forward", counted)
+    jax.eval_shape(
+        lambda cache, drafts: superposed_step(
+            eng.params, eng.cfg, eng.policy_in_force, cache, drafts, settings, None,
+            jnp.asarray([-1]), jnp.asarray(True), drafts.length + NEW, extent,
+        ),
+        cache, drafts,
+    )  # fmt: skip
+    assert seen == [(len(prompts()), 1, eng.cfg.hidden_size)]
+
+
 def test_drafts_are_distinct_sorted_and_never_gain(traced):
     first = np.asarray(traced[1][1].tokens)
     for row, prompt in enumerate(prompts()):
         assert len(set(first[row, :, len(prompt)].tolist())) == K
-    before = np.full((len(prompts()), 1), 0.0)
-    for _, drafts, _ in traced[1:]:
-        scores = np.asarray(drafts.scores)
-        assert np.all(np.diff(scores, axis=1) <= 0) and np.all(scores <= before[:, :1])
-        before = scores
-        for row in np.asarray(drafts.tokens):
-            assert len({tuple(text) for text in row.tolist()}) == K
+    for (_, before, _), (_, after, _) in itertools.pairwise(traced):
+        old, new = (jax.tree.map(np.asarray, x) for x in (before, after))
+        assert np.all(np.isfinite(new.scores)) and np.all(np.diff(new.scores, axis=1) <= 0)
+        for row, size in enumerate(old.length):
+            assert len({tuple(text) for text in new.tokens[row].tolist()}) == K
+            for i, text in enumerate(new.tokens[row]):
+                # Of the drafts before, the one that this one continues.
+                same = np.all(old.tokens[row, :, :size] == text[:size], axis=1)
+                (parent,) = np.flatnonzero(same & np.isfinite(old.scores[row]))
+                assert new.scores[row, i] <= old.scores[row, parent]
 
 
 def test_emitted_tokens_are_kept_ones_that_some_ngram_knows(traced):

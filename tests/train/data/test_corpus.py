@@ -12,7 +12,7 @@ def folder(tmp_path, monkeypatch):
     texts = tmp_path / "texts"
     texts.mkdir()
     for number in range(100):
-        (texts / f"{number}.txt").write_text(f"é {number}\r\n" + "x" * number)
+        (texts / f"{number}.txt").write_bytes((f"é {number}\r\n" + "x" * number).encode())
     return texts
 
 
@@ -21,9 +21,11 @@ def test_documents_come_back_whole_with_paths_and_sizes(folder):
     for split in sources.SPLITS:
         corpus = load_corpus(f"text:{folder}", split)
         assert list(corpus) == collection.documents[split]
-        assert corpus.num_bytes == sum(
-            (folder / document.path).stat().st_size for document in corpus
-        )
+        assert corpus.num_bytes == sum(len(document.text.encode()) for document in corpus)
+        for document in corpus:
+            assert document.text.encode() == (folder / document.path).read_bytes().replace(
+                b"\r\n", b"\n"
+            )
     assert corpus.metadata["python_version"] == platform.python_version()
     assert corpus.metadata["skipped"] == {"empty": 0}
 

@@ -102,6 +102,16 @@ def test_pieces_of_a_corpus(tmp_path: pathlib.Path, tokenizer: Tokenizer) -> Non
     assert got == load_prompts(source, "train", tokenizer, 9, 7, seed=1)
 
 
+def test_prompts_of_a_file_have_no_carriage_returns(tmp_path: pathlib.Path) -> None:
+    words = {"a": 0, "\n": 1, "\r": 2}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    for i in range(40):
+        (tmp_path / f"{i}.txt").write_bytes(b"a" * i + b"aa\r\n" * 30)
+    got = load_prompts([f"text:{tmp_path}"], "train", Tokenizer(backend), 9, 7, seed=1)
+    assert {token for prompt in got for token in prompt} == {0, 1}
+
+
 def test_long_texts_are_chosen_in_proportion(tokenizer: Tokenizer) -> None:
     texts = ["a" * 4000, "b" * 1000]
     pieces = corpus_pieces(texts, tokenizer, 2, np.random.default_rng(0))

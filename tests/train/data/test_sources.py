@@ -150,6 +150,26 @@ def test_one_long_text_is_cut_at_line_ends_without_loss(tmp_path):
     assert all(part.endswith("\n") for part in parts)
 
 
+@pytest.mark.parametrize("end", ["\r\n", "\r"], ids=["CRLF", "CR"])
+def test_lines_end_with_a_line_feed_however_a_file_ends_them(tmp_path, end):
+    lines = [f"This is line number {number}." for number in range(200)]
+    (tmp_path / "book.txt").write_bytes(end.join([*lines, ""]).encode())
+    collection = sources.text_files(str(tmp_path / "book.txt"))
+    parts = [collection.documents[split][0].text for split in SPLITS]
+    assert "".join(parts) == "\n".join([*lines, ""])
+    records = [json.dumps({"text": f"one\r\n{number}"}) for number in range(200)]
+    (tmp_path / "stories.jsonl").write_bytes(end.join(records).encode())
+    stories = sources.text_files(str(tmp_path / "stories.jsonl"))
+    # What a record writes out is its text, and no end of a line of the file.
+    texts = {d.text for split in SPLITS for d in stories.documents[split]}
+    assert texts == {f"one\r\n{number}" for number in range(200)}
+
+
+def test_the_named_corpora_hold_files_as_they_are(library):
+    collection = library({"argparse.py": b"x = 1\r\ny = 2\r"})
+    assert [d.text for d in collection.documents["train"]] == ["x = 1\r\ny = 2\r"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
