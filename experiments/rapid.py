@@ -67,7 +67,7 @@ STATEMENTS = (
         ),
     ),
     Statement(
-        "some eta answers better than the target alone",
+        "eta 5, 10 or 20 answers better than the target alone",
         ("long", "eta-5", "eta-10", "eta-20"),
         lambda rows, seed: (
             max(value(rows[f"eta-{eta}"], "accuracy", seed) for eta in (5, 10, 20))

@@ -131,8 +131,9 @@ RAPID_RESULT = "rapid_records_11m_256"
 RAPID_MORE = {
     "rapid-far": "rapid_records_11m_512",
     "rapid-upward": "rapid_python_5m_256_by_records_11m",
+    "rapid-vectors": "rapid_records_11m_256_vectors",
 }
-"""Beyond the trained length, and with a larger drafter."""
+"""Beyond the trained length, with a larger drafter, and with an encoder that retrieves."""
 
 TABLES: tuple[Rendered, ...] = (
     Table("superposed", SUPERPOSED_PAGE, SUPERPOSED_RESULT, SUPERPOSED_HEADER, superposed_row),
