@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from experiments import context_statements, record
+from experiments import context_statements, context_steps, record
 from experiments.figures import Figure
-from experiments.report import Rendered, Statements, caption, markdown, number
+from experiments.report import Rendered, Statements, Table, caption, markdown, number
 from experiments.shown.long_context_figures import curves, distances, heat_maps, of_kind
 from experiments.statements import Statement
 
@@ -196,6 +196,8 @@ SPARSE = "long_context_records_11m_sparse"
 SMOLLM2 = "long_context_smollm2_135m_smollm2_loss"
 SMOLLM2_PASSKEY = "long_context_smollm2_135m_smollm2_passkey"
 SMOLLM2_32K = "long_context_smollm2_135m_32k"
+STEPS = "context_steps"
+CLEX_PAGE = "research/context/clex/README.md"
 BASELINES = ("dense", "window")
 GIRAFFE = (
     *BASELINES, "linear 4", "power 0.1", "power 0.5", "truncated", "rope, tuned", "window, tuned",
@@ -235,6 +237,8 @@ TABLES = (
     Statements("context-statements", PAGE, METHODS),
     *pages("giraffe", GIRAFFE, context_statements.GIRAFFE, ("lines-short",)),
     *pages("clex", CLEX, context_statements.CLEX, ()),
+    Table("clex-steps", CLEX_PAGE, STEPS, context_steps.HEADER, context_steps.step_row),
+    Statements("clex-steps-statements", CLEX_PAGE, STEPS, unit="turns"),
     *pages("qwen25_1m", QWEN, context_statements.QWEN, ("lines-short", "passkey-short")),
 )
 FIGURES = (
