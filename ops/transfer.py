@@ -18,7 +18,6 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from ops.acceptance import accepts, residual
-from ops.sampling import best
 
 Guard = Literal["teacher", "shifted"]
 GUARDS = ("teacher", "shifted", None)
@@ -144,7 +143,7 @@ def verify_transfer_greedily(
     head = logits[:, :-1]
     moved = shift_logits(head, jax.nn.softmax(head, axis=-1), q, transfer)
     moved = jnp.where(valid[..., None], moved, head)
-    likeliest = best(jnp.concatenate([moved, logits[:, -1:]], axis=1))
-    kept = (likeliest[:, :-1] == draft_tokens) & valid
+    best = jnp.argmax(jnp.concatenate([moved, logits[:, -1:]], axis=1), axis=-1).astype(jnp.int32)
+    kept = (best[:, :-1] == draft_tokens) & valid
     accepted = jnp.sum(jnp.cumprod(kept.astype(jnp.int32), axis=-1), axis=-1)
-    return accepted, jnp.take_along_axis(likeliest, accepted[:, None], axis=1)[:, 0]
+    return accepted, jnp.take_along_axis(best, accepted[:, None], axis=1)[:, 0]

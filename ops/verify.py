@@ -23,7 +23,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from ops.acceptance import SiblingRule, first, try_siblings, verify_chain_with_uniforms
-from ops.sampling import Number, SamplingParams, Use, best, request_key, sample
+from ops.sampling import Number, SamplingParams, Use, request_key, sample
 from ops.transfer import Transfer, verify_transfer_greedily, verify_transfer_with_uniforms
 from ops.tree import tree_from_parents
 
@@ -111,7 +111,7 @@ def _walk(
 
 def _greedy_row(row: _Row, max_depth: int) -> Verdict:
     def choose(node: Array, children: Array, level: Array, outcome: Array) -> Any:
-        token = best(row.logits[node])
+        token = jnp.argmax(row.logits[node]).astype(jnp.int32)
         return token, token
 
     none = jnp.asarray(-1, jnp.int32)
@@ -249,7 +249,7 @@ def _typical_row(row: _Row, max_depth: int, threshold: Array, alpha: Array) -> V
     deepest = kept & (tree.depth == accepted)
     node = jnp.argmax(jnp.where(deepest, likelihood, -jnp.inf)).astype(jnp.int32)
     path = _path_to(node, row.parent, accepted, max_depth)
-    return Verdict(path, accepted, best(row.logits[node]))
+    return Verdict(path, accepted, jnp.argmax(row.logits[node]).astype(jnp.int32))
 
 
 _ROWS: dict[str, Callable[..., Verdict]] = {

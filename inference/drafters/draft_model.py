@@ -19,7 +19,7 @@ from inference.loop import prefill_chunk
 from models import decoder
 from models.load import Model
 from models.load import load as load_model
-from ops.sampling import Use, best, request_key, sample
+from ops.sampling import Use, request_key, sample
 from ops.tree import chain_tree
 
 
@@ -198,7 +198,7 @@ class DraftModel:
     ) -> tuple[Int[Array, " b"], Any]:
         """Drafted token number ``i`` of each row, and the law if it was drawn from one."""
         if not self.draws(context):
-            return best(logits), None
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32), None
         laws = context.sampling.per_row(logits.shape[0]).warp(logits)
         keys = jax.vmap(lambda seed, at: request_key(seed, at + i, Use.DRAFT))(
             context.seeds, context.length

@@ -8,11 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from ops.platform import target
 from ops.sampling import (
     SamplingParams,
     Use,
-    best,
     request_key,
     sample,
     sample_without_replacement,
@@ -153,16 +151,6 @@ def test_a_draw_is_that_of_the_gumbel_trick() -> None:
     drawn = jax.vmap(sample, (0, None))(keys, probs)
     np.testing.assert_array_equal(drawn, jax.vmap(gumbel)(keys))
     assert len(set(np.asarray(drawn).tolist())) > 10
-
-
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_the_best_is_the_first_of_the_largest(platform: str) -> None:
-    x = jnp.asarray(np.random.default_rng(0).integers(0, 4, (3, 5, 40)), jnp.float32)
-    with target(platform):
-        got = jax.jit(best)(x)
-    assert got.dtype == jnp.int32
-    np.testing.assert_array_equal(got, np.asarray(x).argmax(-1))
-    assert best(jnp.full((7,), -jnp.inf)) == 0
 
 
 def test_sample_of_a_point_mass() -> None:

@@ -18,7 +18,7 @@ from inference.drafters.scratch import run_scratch
 from models import decoder
 from models.decoder import LayerChoice
 from models.layers import normalize
-from ops.sampling import Use, best, request_key, sample
+from ops.sampling import Use, request_key, sample
 
 
 @struct.dataclass
@@ -115,10 +115,10 @@ def choose_token(
     """The next drafted token, how sure the exit is of it, and the law it is from."""
     hidden = normalize(states, target.params.final_norm, target.cfg.norm_eps)
     logits = decoder.unembed(target.params, target.cfg, hidden)
-    likeliest = best(logits)
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     sure = jnp.max(jax.nn.softmax(logits, axis=-1), axis=-1)
     if not sampled:
-        return likeliest, sure, None
+        return best, sure, None
     sampling = context.sampling.per_row(logits.shape[0])
     laws = sampling.warp(logits)
     # Depth as sibling: exits and thresholds also follow tokens that were not decided on, so the
@@ -129,4 +129,4 @@ def choose_token(
     drawn = jax.vmap(sample)(keys, laws)
     likely = jnp.take_along_axis(laws, drawn[:, None], axis=1)[:, 0]
     hot = sampling.temperature > 0
-    return jnp.where(hot, drawn, likeliest), jnp.where(hot, likely, sure), laws
+    return jnp.where(hot, drawn, best), jnp.where(hot, likely, sure), laws
