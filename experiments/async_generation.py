@@ -184,13 +184,8 @@ def main(_: Sequence[str]) -> None:
         rows = run(settings)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
-    found = statements.answer(rows, STATEMENTS, len(settings.seeds))
     print(show(rows))
-    print(statements.show(found))
-    path = record.save(
-        "async_generation", rows, config=settings, seeds=settings.seeds, statements=found
-    )
-    print("saved", path)
+    statements.conclude("async_generation", rows, STATEMENTS, settings)
 
 
 def define_flags() -> None:

@@ -317,19 +317,10 @@ def main(_: Sequence[str]) -> None:
     given = from_flags(Settings)
     settings = dataclasses.replace(given, batches=tuple(int(b) for b in given.batches))
     rows = run(settings)
-    answers = statements.answer(rows, BATCHED, len(settings.seeds))
     print(show(rows))
-    print(statements.show(answers))
+    timing = {"memory_bandwidth_gb_s": record.memory_bandwidth()}
     name = record.name_of("batch_speculation", settings.model)
-    path = record.save(
-        name,
-        rows,
-        config=settings,
-        seeds=settings.seeds,
-        timing={"memory_bandwidth_gb_s": record.memory_bandwidth()},
-        statements=answers,
-    )
-    print("saved", path)
+    statements.conclude(name, rows, BATCHED, settings, timing)
 
 
 def define_flags() -> None:

@@ -231,12 +231,9 @@ def main(_: Sequence[str]) -> None:
     if settings.study == "order":
         add_orders(rows, len(settings.seeds))
         wanted = order_statements(settings.sizes)
-    answers = statements.answer(rows, wanted, len(settings.seeds))
     print(show(rows))
-    print(statements.show(answers))
     name = record.name_of(f"deeponet_{settings.study}", None, flags.FLAGS.label)
-    path = record.save(name, rows, config=settings, seeds=settings.seeds, statements=answers)
-    print("saved", path)
+    statements.conclude(name, rows, wanted, settings)
 
 
 def define_flags() -> None:

@@ -267,12 +267,9 @@ def main(_: Sequence[str]) -> None:
     if settings.study == "files" and not flags.FLAGS.data:
         raise app.UsageError("--study=files needs --data=FOLDER with the files of its docstring.")
     rows, wanted = STUDIES[settings.study](settings)
-    answers = statements.answer(rows, wanted, len(settings.seeds))
     print(show(rows))
-    print(statements.show(answers))
     name = record.name_of(f"deeponet_{settings.study}", None, flags.FLAGS.label)
-    path = record.save(name, rows, config=settings, seeds=settings.seeds, statements=answers)
-    print("saved", path)
+    statements.conclude(name, rows, wanted, settings)
 
 
 def define_flags() -> None:

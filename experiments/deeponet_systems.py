@@ -198,12 +198,9 @@ def main(_: Sequence[str]) -> None:
     if unknown := set(settings.systems) - set(SYSTEMS):
         raise app.UsageError(f"--systems: unknown {sorted(unknown)}, known are {list(SYSTEMS)}.")
     rows, wanted = STUDIES[settings.study](settings)
-    answers = statements.answer(rows, wanted, len(settings.seeds))
     print(show(rows))
-    print(statements.show(answers))
     name = record.name_of(f"deeponet_{settings.study}", None, flags.FLAGS.label)
-    path = record.save(name, rows, config=settings, seeds=settings.seeds, statements=answers)
-    print("saved", path)
+    statements.conclude(name, rows, wanted, settings)
 
 
 def define_flags() -> None:

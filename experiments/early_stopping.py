@@ -223,11 +223,8 @@ def main(_: Sequence[str]) -> None:
     if unknown := set(settings.methods) - set(PRUNERS):
         raise app.UsageError(f"--methods: unknown {sorted(unknown)}, known are {list(PRUNERS)}.")
     rows = run(settings, load(settings.model))
-    answers = statements.answer(rows, STATEMENTS, len(settings.seeds))
-    print(statements.show(answers))
     name = record.name_of("early_stopping", None, flags.FLAGS.label)
-    path = record.save(name, rows, config=settings, seeds=settings.seeds, statements=answers)
-    print("saved", path)
+    statements.conclude(name, rows, STATEMENTS, settings)
 
 
 def define_flags() -> None:

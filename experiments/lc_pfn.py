@@ -182,20 +182,10 @@ def main(_: Sequence[str]) -> None:
         numbers = tuple(int(x) for x in getattr(settings, name))
         settings = dataclasses.replace(settings, **{name: numbers})
     rows = run(settings)
-    answers = statements.answer(rows, STATEMENTS, len(settings.seeds))
     print(show(rows))
-    print(statements.show(answers))
+    timing = {"memory_bandwidth_gb_s": record.memory_bandwidth()}
     name = record.name_of("lc_pfn", None, flags.FLAGS.label)
-    bandwidth = {"memory_bandwidth_gb_s": record.memory_bandwidth()}
-    path = record.save(
-        name,
-        rows,
-        config=settings,
-        seeds=settings.seeds,
-        timing=bandwidth,
-        statements=answers,
-    )
-    print("saved", path)
+    statements.conclude(name, rows, STATEMENTS, settings, timing)
 
 
 def define_flags() -> None:

@@ -278,12 +278,9 @@ def main(_: Sequence[str]) -> None:
         rows = run(settings)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
-    answers = statements.answer(rows, STATEMENTS, len(settings.seeds))
     print(show(rows))
-    print(statements.show(answers))
     name = record.name_of("longspec", settings.model)
-    path = record.save(name, rows, config=settings, seeds=settings.seeds, statements=answers)
-    print("saved", path)
+    statements.conclude(name, rows, STATEMENTS, settings)
 
 
 def define_flags() -> None:

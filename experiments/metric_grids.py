@@ -376,11 +376,8 @@ def main(_: Sequence[str]) -> None:
     """Run with the flags' settings, print and save."""
     settings = read_settings()
     rows = run(settings)
-    answers = statements.answer(rows, STATEMENTS[settings.part], len(settings.seeds))
-    print(statements.show(answers))
     name = record.name_of(f"metric_grids_{settings.part}", None, flags.FLAGS.label)
-    path = record.save(name, rows, config=settings, seeds=settings.seeds, statements=answers)
-    print("saved", path)
+    statements.conclude(name, rows, STATEMENTS[settings.part], settings)
 
 
 def define_flags() -> None:

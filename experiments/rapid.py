@@ -381,14 +381,11 @@ def main(_: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     settings = from_flags(Settings)
     rows = run(settings)
-    found = statements.answer(rows, STATEMENTS, len(settings.seeds))
     print(show(rows))
-    print(statements.show(found))
     how = "" if settings.retriever == "bm25" else "vectors"
     by = record.name_of("by", settings.drafter) if settings.drafter else ""
     name = record.name_of("rapid", settings.model, str(settings.length), how, by)
-    path = record.save(name, rows, config=settings, seeds=settings.seeds, statements=found)
-    print("saved", path)
+    statements.conclude(name, rows, STATEMENTS, settings)
 
 
 def define_flags() -> None:

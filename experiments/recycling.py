@@ -250,12 +250,9 @@ def main(_: Sequence[str]) -> None:
     if "frozen" in settings.methods and settings.methods[0] != "recycling":
         raise app.UsageError("--methods: frozen goes on from recycling, put that first.")
     rows = run(settings)
-    answers = statements.answer(rows, STATEMENTS, len(settings.seeds))
     print(show(rows))
-    print(statements.show(answers))
     name = record.name_of("recycling", settings.model, flags.FLAGS.label)
-    path = record.save(name, rows, config=settings, seeds=settings.seeds, statements=answers)
-    print("saved", path)
+    statements.conclude(name, rows, STATEMENTS, settings)
 
 
 def define_flags() -> None:

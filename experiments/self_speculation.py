@@ -100,17 +100,11 @@ def main(_: Sequence[str]) -> None:
     settings = dataclasses.replace(settings, ratios=tuple(float(x) for x in settings.ratios))
     module = PROTOCOLS[settings.protocol]
     rows = run(settings)
-    answers = statements.answer(rows, module.STATEMENTS, len(settings.seeds))
     print(show(rows, module.NUMBERS))
-    print(statements.show(answers))
-    path = record.save(
-        record.name_of(f"self_speculation_{settings.protocol}", settings.model, flags.FLAGS.label),
-        rows,
-        config=settings,
-        seeds=settings.seeds,
-        statements=answers,
+    name = record.name_of(
+        f"self_speculation_{settings.protocol}", settings.model, flags.FLAGS.label
     )
-    print("saved", path)
+    statements.conclude(name, rows, module.STATEMENTS, settings)
 
 
 def define_flags() -> None:

@@ -254,12 +254,9 @@ def main(_: Sequence[str]) -> None:
         raise SystemExit(f"error: {error}") from error
     known = {1, 8, 16} <= set(settings.times)
     asked = STATEMENTS if known else ()
-    answers = statements.answer(rows, asked, len(settings.seeds))
     print(show(rows))
-    print(statements.show(answers))
     name = record.name_of("seqpe", None, flags.FLAGS.label)
-    path = record.save(name, rows, config=settings, seeds=settings.seeds, statements=answers)
-    print("saved", path)
+    statements.conclude(name, rows, asked, settings)
 
 
 def define_flags() -> None:

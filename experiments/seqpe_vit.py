@@ -171,14 +171,11 @@ def main(_: Sequence[str]) -> None:
         rows = run(settings)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
-    answers = statements.answer(rows, make_statements(settings.sizes), len(settings.seeds))
     print(show(rows))
-    print(statements.show(answers))
     # Where the images lie is nobody's business.
     kept = dataclasses.replace(settings, images=pathlib.Path(settings.images).name)
     name = record.name_of("seqpe_vit", None, flags.FLAGS.label)
-    path = record.save(name, rows, config=kept, seeds=settings.seeds, statements=answers)
-    print("saved", path)
+    statements.conclude(name, rows, make_statements(settings.sizes), kept)
 
 
 def define_flags() -> None:

@@ -1,10 +1,14 @@
-"""Flags that experiments on drafters share, and their settings out of the flags."""
+"""Flags that experiments on drafters share, their settings out of the flags, and their folders."""
 
 import dataclasses
+import json
+import pathlib
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from absl import flags
+
+from train import run_folder
 
 Settings = TypeVar("Settings")
 
@@ -32,3 +36,33 @@ def from_flags(settings: type[Settings]) -> Settings:
     if "seeds" in given:
         given["seeds"] = tuple(int(seed) for seed in given["seeds"])
     return settings(**given)
+
+
+def open_study(settings: Any, weights: dict[str, str]) -> pathlib.Path:
+    """The folder of a study that goes on where it stood.
+
+    Methods and seeds may be added to it, nothing else may change.
+
+    Args:
+        settings: a dataclass with ``methods``, ``seeds`` and ``folder``.
+        weights: hashes of the models' weights.
+
+    Raises:
+        ValueError: it was begun with other settings or other models.
+    """
+    folder = pathlib.Path(settings.folder)
+    run_folder.open_folder(folder)
+    kept = dataclasses.asdict(settings) | weights
+    for name in ("methods", "seeds", "folder"):
+        del kept[name]
+    kept = json.loads(json.dumps(kept))  # as it is read back
+    path = folder / "settings.json"
+    if not path.exists():
+        run_folder.write_json(path, kept)
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = sorted(n for n in kept.keys() | before.keys() if kept.get(n) != before.get(n))
+    if changed:
+        raise ValueError(
+            f"{folder} was begun with other settings ({', '.join(changed)}): name another --folder."
+        )
+    return folder

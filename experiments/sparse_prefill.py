@@ -287,12 +287,9 @@ def main(_: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     settings = from_flags(Settings)
     rows = run(settings)
-    answers = statements.answer(rows, STATEMENTS, len(settings.seeds))
     print(show(rows))
-    print(statements.show(answers))
     name = record.name_of("sparse_prefill", settings.model, flags.FLAGS.label)
-    path = record.save(name, rows, config=settings, seeds=settings.seeds, statements=answers)
-    print("saved", path)
+    statements.conclude(name, rows, STATEMENTS, settings)
 
 
 def define_flags() -> None:

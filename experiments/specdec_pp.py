@@ -21,7 +21,7 @@ from absl import app, flags, logging
 
 from configs import specdec_pp as config_file
 from experiments import measure, record, statements
-from experiments.settings import define_shared_flags, from_flags
+from experiments.settings import define_shared_flags, from_flags, open_study
 from experiments.specdec_pp_statements import SPECDEC
 from inference.drafter import Drafter, NoDrafter
 from inference.drafters.adaptive import (
@@ -215,28 +215,13 @@ def check_greedy(
 
 
 def open_folder(settings: Settings, model: Model, draft: Model) -> pathlib.Path:
-    """The folder of data, heads and rows; methods and seeds may be added, nothing else may change.
+    """The folder of data, heads and rows.
 
     Raises:
         ValueError: it was begun with other settings or other models.
     """
-    folder = pathlib.Path(settings.folder)
-    run_folder.open_folder(folder)
-    kept = dataclasses.asdict(settings)
-    for name in ("methods", "seeds", "folder"):
-        del kept[name]
-    kept |= {"weights": weights_hash(model.params), "draft_weights": weights_hash(draft.params)}
-    kept = json.loads(json.dumps(kept))  # as it is read back
-    path = folder / "settings.json"
-    if not path.exists():
-        run_folder.write_json(path, kept)
-    before = json.loads(path.read_text(encoding="utf-8"))
-    changed = sorted(n for n in kept.keys() | before.keys() if kept.get(n) != before.get(n))
-    if changed:
-        raise ValueError(
-            f"{folder} was begun with other settings ({', '.join(changed)}): name another --folder."
-        )
-    return folder
+    weights = {"weights": weights_hash(model.params), "draft_weights": weights_hash(draft.params)}
+    return open_study(settings, weights)
 
 
 def measure_seed(
@@ -323,11 +308,8 @@ def main(_: Sequence[str]) -> None:
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
     print(show(rows))
-    answers = statements.answer(rows, SPECDEC, len(settings.seeds))
-    print(statements.show(answers))
     name = record.name_of("specdec_pp", settings.model)
-    path = record.save(name, rows, config=settings, seeds=settings.seeds, statements=answers)
-    print("saved", path)
+    statements.conclude(name, rows, SPECDEC, settings)
 
 
 def define_flags() -> None:

@@ -27,7 +27,7 @@ from absl import app, flags, logging
 from configs.defaults import Config
 from experiments import measure, record, statements
 from experiments.exactness import is_exact
-from experiments.settings import define_shared_flags, from_flags
+from experiments.settings import define_shared_flags, from_flags, open_study
 from experiments.speculative_statements import SPECULATIVE
 from inference.drafter import Drafter, NoDrafter
 from inference.drafters.eagle import EagleDrafter
@@ -258,27 +258,12 @@ def measure_method(
 
 
 def open_folder(settings: Settings, model: Model) -> pathlib.Path:
-    """The folder of heads and rows; methods and seeds may be added to it, nothing else may change.
+    """The folder of heads and rows.
 
     Raises:
         ValueError: it was begun with other settings or another model.
     """
-    folder = pathlib.Path(settings.folder)
-    run_folder.open_folder(folder)
-    kept = dataclasses.asdict(settings) | {"weights": weights_hash(model.params)}
-    for name in ("methods", "seeds", "folder"):
-        del kept[name]
-    kept = json.loads(json.dumps(kept))  # as it is read back
-    path = folder / "settings.json"
-    if not path.exists():
-        run_folder.write_json(path, kept)
-    before = json.loads(path.read_text(encoding="utf-8"))
-    changed = sorted(n for n in kept.keys() | before.keys() if kept.get(n) != before.get(n))
-    if changed:
-        raise ValueError(
-            f"{folder} was begun with other settings ({', '.join(changed)}): name another --folder."
-        )
-    return folder
+    return open_study(settings, {"weights": weights_hash(model.params)})
 
 
 def run(settings: Settings) -> list[dict[str, Any]]:
@@ -374,18 +359,9 @@ def main(_: Sequence[str]) -> None:
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
     print(show(rows))
-    answers = statements.answer(rows, SPECULATIVE, len(settings.seeds))
-    print(statements.show(answers))
+    timing = {"memory_bandwidth_gb_s": record.memory_bandwidth()}
     name = record.name_of("speculative", settings.model, flags.FLAGS.label)
-    path = record.save(
-        name,
-        rows,
-        config=settings,
-        seeds=settings.seeds,
-        timing={"memory_bandwidth_gb_s": record.memory_bandwidth()},
-        statements=answers,
-    )
-    print("saved", path)
+    statements.conclude(name, rows, SPECULATIVE, settings, timing)
 
 
 def define_flags() -> None:

@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from experiments import record
+
 Row = dict[str, Any]
 Test = Callable[[dict[str, Row], int], bool]
 """``test(rows by method, seed number)``; seed number -1 asks about the means."""
@@ -69,3 +71,25 @@ def show(answers: Sequence[dict[str, Any]]) -> str:
         told = f" ({a['numbers']})" if "numbers" in a else ""
         lines.append(f"{words[a['holds']]:14} {a['statement']}{seeds}{told}")
     return "\n".join(lines)
+
+
+def conclude(
+    name: str,
+    rows: Sequence[Row],
+    asked: Sequence[Statement],
+    settings: Any,
+    timing: dict[str, Any] | None = None,
+) -> None:
+    """How a measurement ends: its statements are answered and printed, its result is saved.
+
+    Args:
+        name: of the result.
+        settings: a dataclass with the ``seeds`` of every sample of the rows; the result's config.
+        timing: see :func:`experiments.record.save`.
+    """
+    answers = answer(rows, asked, len(settings.seeds))
+    print(show(answers))
+    path = record.save(
+        name, rows, config=settings, seeds=settings.seeds, timing=timing, statements=answers
+    )
+    print("saved", path)

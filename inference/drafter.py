@@ -229,6 +229,22 @@ def static_draft(
     )
 
 
+class FixedTree:
+    """The part of a drafter whose drafts all have one shape, its field ``tree``."""
+
+    tree: StaticTree
+
+    @property
+    def width(self) -> int:
+        """Nodes of every draft, the root included."""
+        return self.tree.size
+
+    @property
+    def max_depth(self) -> int:
+        """Most drafted tokens that one round can accept."""
+        return self.tree.max_depth
+
+
 class Stateless:
     """The part of a drafter that learns nothing and remembers nothing."""
 

@@ -12,7 +12,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Int
 
-from inference.drafter import Context, Draft, Request, Target, TargetOutputs
+from inference.drafter import Context, Draft, FixedTree, Request, Target, TargetOutputs
 from inference.drafters.levels import check_sampled_tree, draft_levels
 from inference.drafters.pairs import (
     PairState,
@@ -40,7 +40,7 @@ class EagleParams:
 
 
 @dataclasses.dataclass(frozen=True)
-class EagleDrafter:
+class EagleDrafter(FixedTree):
     """Feature autoregression over a static tree; parameters are :class:`EagleParams`.
 
     Attributes:
@@ -59,16 +59,6 @@ class EagleDrafter:
     def __post_init__(self):
         if self.sampled:
             check_sampled_tree(self.tree)
-
-    @property
-    def width(self) -> int:
-        """Nodes of every draft, the root included."""
-        return self.tree.size
-
-    @property
-    def max_depth(self) -> int:
-        """Most drafted tokens that one round can accept."""
-        return self.tree.max_depth
 
     def init(
         self,

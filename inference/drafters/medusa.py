@@ -16,6 +16,7 @@ from jaxtyping import Array, Int
 from inference.drafter import (
     Context,
     Draft,
+    FixedTree,
     Request,
     Target,
     TargetOutputs,
@@ -46,7 +47,7 @@ class MedusaState:
 
 
 @dataclasses.dataclass(frozen=True)
-class MedusaDrafter:
+class MedusaDrafter(FixedTree):
     """Medusa heads over a static tree; parameters are :class:`MedusaParams`.
 
     Raises:
@@ -63,16 +64,6 @@ class MedusaDrafter:
                 f"the tree has depth {self.tree.max_depth} but there are {self.cfg.num_heads} "
                 f"Medusa heads: prune the tree or train more heads."
             )
-
-    @property
-    def width(self) -> int:
-        """Nodes of every draft, the root included."""
-        return self.tree.size
-
-    @property
-    def max_depth(self) -> int:
-        """Most drafted tokens that one round can accept."""
-        return self.tree.max_depth
 
     def init(
         self,

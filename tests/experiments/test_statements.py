@@ -1,12 +1,14 @@
 """The protocol's statements are answered by the numbers, by their means and seed by seed."""
 
+import dataclasses
+import pathlib
 from typing import Any
 
 import pytest
 
 from experiments import record
 from experiments.speculative_statements import SPECULATIVE
-from experiments.statements import Statement, answer, show
+from experiments.statements import Statement, answer, at_least, conclude, show
 
 
 def row(method: str, per_pass: list[float], **accuracy: list[float]) -> dict[str, Any]:
@@ -92,3 +94,30 @@ def test_a_worse_number_turns_its_statement(
     assert [a["holds"] for a in answer(changed, SPECULATIVE, 2) if statement in a["statement"]] == [
         False
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Of a measurement with two seeds."""
+
+    model: str
+    seeds: tuple[int, ...] = (4, 5)
+
+
+def test_a_measurement_ends_with_its_answers_on_the_screen_and_in_its_result(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    asked = [Statement("one is best", ("a", "b"), at_least("a", "b", "x"))]
+    measured = [
+        {"method": "a", "x": record.sample([2.0, 1.0])},
+        {"method": "b", "x": record.sample([1.0, 1.5])},
+    ]
+    conclude("trial", measured, asked, Settings("m"), {"load": 1.0})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [show(answer(measured, asked, 2)), f"saved {tmp_path / 'trial.json'}"]
+    result = record.load("trial")
+    assert result["rows"] == measured and result["config"] == {"model": "m", "seeds": [4, 5]}
+    assert result["seeds"] == [4, 5] and result["timing"] == {"load": 1.0}
+    (told,) = result["statements"]
+    assert told["holds"] and told["seeds"] == [True, False]

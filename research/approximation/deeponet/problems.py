@@ -6,10 +6,10 @@ A problem draws input functions, solves them, and returns data either on its gri
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from research.approximation.deeponet import data
 from research.approximation.deeponet.data import Batched, Cartesian
@@ -271,13 +271,14 @@ class Caputo(GridProblem):
 
 
 @dataclasses.dataclass(frozen=True)
-class StochasticOde(GridProblem):
-    """``dy = k(t; w) y dt``, k a field of covariance exp(-|r|/l) with l uniform in [low, high].
+class _Stochastic(GridProblem):
+    """An equation whose coefficient is a random field of a length scale in [low, high].
 
     The input is the field's law: its scaled eigenfunctions on the sensors. The output is the mean
-    or the second moment over time (query t), or a path (query xi_1 .. xi_modes, t).
+    or the second moment over the grid (query: a point), or a path (query xi_1 .. xi_modes, point).
     """
 
+    kernel: ClassVar[str]
     output: str = "mean"  # mean, second_moment or path
     sensors: int = 20
     modes: int = 5
@@ -286,92 +287,102 @@ class StochasticOde(GridProblem):
     high: float = 2.0
 
     def __post_init__(self):
-        _check_output(self.output)
+        if self.output not in ("mean", "second_moment", "path"):
+            raise ValueError(f"unknown output {self.output!r}: choose mean, second_moment or path.")
 
     def batched(self, rng: np.random.Generator, n: int, queries: int) -> Batched:
         """See :class:`Problem`; paths draw their xi anew for every query."""
         if self.output != "path":
             return super().batched(rng, n, queries)
-        scales = rng.uniform(self.low, self.high, n)
-        bases = stochastic.kl_basis("matern12", scales, self.modes, self.points)
+        _, bases = self._laws(rng, n)
         xi = rng.standard_normal((n, queries, self.modes))
         at = rng.integers(0, self.points, (n, queries))
-        # The integral of a path is the same mixture of the integrals of the eigenfunctions.
-        integrals = stochastic.cumulative(bases)
-        picked = np.take_along_axis(integrals, at[:, None], axis=2)
-        s = np.exp(np.einsum("nqk,nkq->nq", xi, picked))
-        return _paths(bases, self.sensors, xi, at / (self.points - 1), s)
+        y = np.concatenate([xi, (at / (self.points - 1))[..., None]], axis=-1)
+        s = self._along(bases, xi, at)
+        return Batched(stochastic.sensor_values(bases, self.sensors), y, s, np.ones(s.shape, bool))
+
+    def _laws(
+        self, rng: np.random.Generator, n: int
+    ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, "n modes points"]]:
+        """Length scales of the fields and their scaled eigenfunctions."""
+        scales = rng.uniform(self.low, self.high, n)
+        return scales, stochastic.kl_basis(self.kernel, scales, self.modes, self.points)
 
     def _solve(self, rng: np.random.Generator, n: int) -> Cartesian:
         if self.output == "path":
             raise ValueError("paths have queries of their own: give queries per function.")
-        scales = rng.uniform(self.low, self.high, n)
-        bases = stochastic.kl_basis("matern12", scales, self.modes, self.points)
-        t = np.linspace(0.0, 1.0, self.points)
-        solve = stochastic.sode_mean if self.output == "mean" else stochastic.sode_second_moment
-        return Cartesian(
-            stochastic.sensor_values(bases, self.sensors), t[:, None], solve(scales, t)
-        )
+        scales, bases = self._laws(rng, n)
+        at = np.linspace(0.0, 1.0, self.points)
+        s = self._moments(rng, scales, at)
+        return Cartesian(stochastic.sensor_values(bases, self.sensors), at[:, None], s)
+
+    def _along(
+        self,
+        bases: Float[np.ndarray, "n modes points"],
+        xi: Float[np.ndarray, "n q modes"],
+        at: Int[np.ndarray, "n q"],
+    ) -> Float[np.ndarray, "n q"]:
+        """Values of the paths that ``xi`` gives at grid points ``at``."""
+        raise TypeError(f"{type(self).__name__} must define _along().")
+
+    def _moments(
+        self, rng: np.random.Generator, scales: Float[np.ndarray, " n"], at: np.ndarray
+    ) -> Float[np.ndarray, "n points"]:
+        """The output's moment at the points ``at``."""
+        raise TypeError(f"{type(self).__name__} must define _moments().")
 
 
 @dataclasses.dataclass(frozen=True)
-class StochasticElliptic(GridProblem):
-    """``-(e^b s')' = 10``, b = amplitude times a field of covariance rbf(l), l in [low, high].
+class StochasticOde(_Stochastic):
+    """``dy = k(t; w) y dt``, k a field of covariance exp(-|r|/l) with l uniform in [low, high].
 
-    Input and outputs as for :class:`StochasticOde`; statistics are over ``samples`` paths.
+    Input and outputs as of :class:`_Stochastic`, whose points are times.
     """
 
+    kernel = "matern12"
+
+    def _along(self, bases: np.ndarray, xi: np.ndarray, at: np.ndarray) -> np.ndarray:
+        # The integral of a path is the same mixture of the integrals of the eigenfunctions.
+        integrals = stochastic.cumulative(bases)
+        picked = np.take_along_axis(integrals, at[:, None], axis=2)
+        return np.exp(np.einsum("nqk,nkq->nq", xi, picked))
+
+    def _moments(self, rng: np.random.Generator, scales: np.ndarray, at: np.ndarray) -> np.ndarray:
+        solve = stochastic.sode_mean if self.output == "mean" else stochastic.sode_second_moment
+        return solve(scales, at)
+
+
+@dataclasses.dataclass(frozen=True)
+class StochasticElliptic(_Stochastic):
+    """``-(e^b s')' = 10``, b = amplitude times a field of covariance rbf(l), l in [low, high].
+
+    Input and outputs as of :class:`_Stochastic`; statistics are over ``samples`` paths.
+    """
+
+    kernel = "rbf"
     output: str = "path"
     sensors: int = 30
     modes: int = 8
-    points: int = 100
     low: float = 0.2
     high: float = 2.0
     amplitude: float = 0.1
     samples: int = 20000
 
-    def __post_init__(self):
-        _check_output(self.output)
-
-    def batched(self, rng: np.random.Generator, n: int, queries: int) -> Batched:
-        """See :class:`Problem`; paths draw their xi anew for every query."""
-        if self.output != "path":
-            return super().batched(rng, n, queries)
-        scales = rng.uniform(self.low, self.high, n)
-        bases = stochastic.kl_basis("rbf", scales, self.modes, self.points)
-        xi = rng.standard_normal((n, queries, self.modes))
-        at = rng.integers(0, self.points, (n, queries))
-        s = np.empty((n, queries))
-        for i in range(n):
+    def _along(self, bases: np.ndarray, xi: np.ndarray, at: np.ndarray) -> np.ndarray:
+        s = np.empty(at.shape)
+        for i, points in enumerate(at):
             paths = stochastic.spde_path(self.amplitude * xi[i] @ bases[i])
-            s[i] = paths[np.arange(queries), at[i]]
-        return _paths(bases, self.sensors, xi, at / (self.points - 1), s)
+            s[i] = paths[np.arange(len(points)), points]
+        return s
 
-    def _solve(self, rng: np.random.Generator, n: int) -> Cartesian:
-        if self.output == "path":
-            raise ValueError("paths have queries of their own: give queries per function.")
-        scales = rng.uniform(self.low, self.high, n)
-        bases = stochastic.kl_basis("rbf", scales, self.modes, self.points)
-        power = 1 if self.output == "mean" else 2
-        x, s = np.linspace(0.0, 1.0, self.points), np.empty((n, self.points))
+    def _moments(self, rng: np.random.Generator, scales: np.ndarray, at: np.ndarray) -> np.ndarray:
+        power, s = 1 if self.output == "mean" else 2, np.empty((len(scales), self.points))
         for i, scale in enumerate(scales):
             # The whole field, not only the modes that the branch sees.
-            factor = cholesky_factor("rbf", x, float(scale), jitter=1e-10)
+            factor = cholesky_factor("rbf", at, float(scale), jitter=1e-10)
             b = self.amplitude * rng.standard_normal((self.samples, self.points)) @ factor.T
             s[i] = np.mean(stochastic.spde_path(b) ** power, axis=0)
-        return Cartesian(stochastic.sensor_values(bases, self.sensors), x[:, None], s)
-
-
-def _check_output(output: str) -> None:
-    if output not in ("mean", "second_moment", "path"):
-        raise ValueError(f"unknown output {output!r}: choose mean, second_moment or path.")
-
-
-def _paths(
-    bases: np.ndarray, sensors: int, xi: np.ndarray, at: np.ndarray, s: np.ndarray
-) -> Batched:
-    y = np.concatenate([xi, at[..., None]], axis=-1)
-    return Batched(stochastic.sensor_values(bases, sensors), y, s, np.ones(s.shape, bool))
+        return s
 
 
 PROBLEMS = {

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from inference.drafter import Context, Draft, Request, Target, TargetOutputs
+from inference.drafter import Context, Draft, FixedTree, Request, Target, TargetOutputs
 from inference.drafters.levels import check_sampled_tree, draft_levels
 from inference.drafters.pairs import PairState, Run, init_pairs, keep_committed, run_pairs
 from models import clover
@@ -98,7 +98,7 @@ class _PairDrafting:
 
 
 @dataclasses.dataclass(frozen=True)
-class CloverDrafter(_PairDrafting):
+class CloverDrafter(FixedTree, _PairDrafting):
     """Clover over a static tree; parameters are :class:`CloverParams`.
 
     Attributes:
@@ -122,16 +122,6 @@ class CloverDrafter(_PairDrafting):
         _check_depth(self.cfg, self.tree.max_depth)
         if self.sampled:
             check_sampled_tree(self.tree)
-
-    @property
-    def width(self) -> int:
-        """Nodes of every draft, the root included."""
-        return self.tree.size
-
-    @property
-    def max_depth(self) -> int:
-        """Most drafted tokens that one round can accept."""
-        return self.tree.max_depth
 
     def propose(
         self,

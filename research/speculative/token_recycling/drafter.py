@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Int
 from inference.drafter import (
     Context,
     Draft,
+    FixedTree,
     Request,
     Target,
     TargetOutputs,
@@ -36,7 +37,7 @@ class RecyclingState:
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenRecycling:
+class TokenRecycling(FixedTree):
     """Drafts a static tree from the recycled candidates of all rows together.
 
     ``params`` is the matrix to start from, or None for zeros (as the paper does). A matrix of
@@ -77,16 +78,6 @@ class TokenRecycling:
     def prompt_needs(self) -> frozenset[str]:
         """The prompt's logits, only if they are learnt from."""
         return frozenset({"logits"}) if self.update_on_prefill else frozenset()
-
-    @property
-    def width(self) -> int:
-        """Nodes of every draft, the root included."""
-        return self.tree.size
-
-    @property
-    def max_depth(self) -> int:
-        """Most drafted tokens that one round can accept."""
-        return self.tree.max_depth
 
     def init(
         self, params: Any, target: Target, request: Request, prompt: TargetOutputs, capacity: int
