@@ -17,9 +17,12 @@ from experiments import record
 from experiments.settings import from_flags
 from inference.drafter import NoDrafter
 from inference.engine import make_engine
-from inference.tuning import WIDTHS, seconds_in_turn
+from inference.tuning import seconds_in_turn
 from models.layout import for_decoding
 from models.load import Model, load
+
+WIDTHS = (1, 2, 4, 5, 8, 11, 16, 26, 32)
+"""Some are no multiple of :data:`ops.weights.LANES`: those products are filled up."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -91,8 +91,9 @@ def over_mesh(
     q: Float[Array, "b t h *width"],
     k: Float[Array, "b s g d"],
     v: Float[Array, "b s g dv"],
-    mask: AttentionMask,
+    mask: Any,
     implementation: str,
+    by_head: Any = None,
 ) -> tuple[Float[Array, "b t h dv"], Float[Array, "b t h"]]:
     """``call(q, k, v, mask) -> (out, lse)``, on each device's part where XLA could not divide it.
 
@@ -101,17 +102,30 @@ def over_mesh(
     :mod:`models.context_attention`. What the axes' sizes do not divide, every device computes.
 
     Args:
+        mask: of :func:`ops.attention.attention`; with ``by_head`` any arrays with a row's first
+            axis, or with an axis of 1 or none for all rows alike.
         implementation: what ``call`` runs, by its name in :mod:`ops`.
+        by_head: arrays (h, ...), which ``call`` then takes as a fifth argument. Only where slots
+            are whole.
+
+    Raises:
+        ValueError: ``by_head`` where slots are split.
     """
     mesh, slots = mesh_in_force(), _slots_axis(k)
+    more = () if by_head is None else (by_head,)
     if mesh is None or (implementation not in ("tpu", "interpret") and slots is None):
-        return call(q, k, v, mask)
+        return call(q, k, v, mask, *more)
     rows = dividing(mesh, "batch", q.shape[0])
     heads = dividing(mesh, "heads", math.gcd(q.shape[2], k.shape[2]))
-    # The interpreter's own loops do not type what varies between devices.
-    checked = implementation != "interpret"
+    # The interpreter's loops do not type what varies between devices, nor do those over a plan.
+    checked = implementation != "interpret" and not more
     over = functools.partial(jax.shard_map, mesh=mesh, check_vma=checked)
     if slots is not None:
+        if more:
+            raise ValueError(
+                "attention with values by head reads all of a row's slots, and the mesh splits "
+                "them over 'context': use a mesh with context=1."
+            )
         return context_attention(call, q, k, v, mask, over, rows, heads, slots)
     placed = PartitionSpec(rows, None, heads)
 
@@ -121,9 +135,12 @@ def over_mesh(
 
     return over(
         call,
-        in_specs=(placed, placed, placed, jax.tree.map(of_mask, mask)),
+        in_specs=(
+            *(placed, placed, placed, jax.tree.map(of_mask, mask)),
+            *(jax.tree.map(lambda _: PartitionSpec(heads), each) for each in more),
+        ),
         out_specs=(placed, placed),
-    )(q, k, v, mask)
+    )(q, k, v, mask, *more)
 
 
 def _slots_axis(k: Float[Array, "b s g d"]) -> str | None:

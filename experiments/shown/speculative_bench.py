@@ -37,6 +37,8 @@ def label(name: str) -> str:
     kind, _, wanted = name.partition(":")
     if kind == "tuned" and wanted:
         return f"**{label(wanted)}, size by cost**"
+    if kind == "swift" and wanted:
+        return f"{NAMES[kind]}, chain of {wanted}"
     return NAMES.get(kind, name)
 
 

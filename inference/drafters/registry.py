@@ -16,6 +16,7 @@ DRAFTERS = {
     "lookup": "inference.drafters.lookup:load",
     "recycling": "research.speculative.token_recycling.drafter:load",
     "swift": "research.speculative.swift.drafter:load",
+    "swift:STEPS": "research.speculative.swift.drafter:load",
     "del": "research.speculative.del_exit.drafter:load",
     "draft:DIR": "inference.drafters.draft_model:load",
     "medusa:DIR": "inference.drafters.medusa:load",
@@ -27,7 +28,8 @@ DRAFTERS = {
     "specdec:DIR:HEADS": "research.speculative.specdec_pp.drafter:load",
 }
 """What can be asked for. Words in capitals stand for a directory, a folder of ``assets/`` by its
-name, or, for a draft model, whatever else names a model."""
+name, or, for a draft model, whatever else names a model; ``STEPS`` for the longest chain that SWIFT
+drafts, then without leaves beside it."""
 
 
 def load_none(argument: str, model: Model) -> tuple[NoDrafter, None]:
@@ -42,16 +44,16 @@ def check_name(name: str) -> tuple[str, str]:
         ValueError: an unknown drafter, or an argument that is missing or superfluous.
     """
     kind, colon, argument = name.partition(":")
-    pattern = next((p for p in DRAFTERS if p.partition(":")[0] == kind), None)
-    if pattern is None:
+    forms = [p for p in DRAFTERS if p.partition(":")[0] == kind]
+    if not forms:
         raise ValueError(f"unknown drafter {name!r}: choose one of {', '.join(DRAFTERS)}.")
+    pattern = next((p for p in forms if (":" in p) == bool(colon)), forms[0])
     wanted = pattern.count(":")
     if colon and not wanted:
         raise ValueError(f"drafter {kind!r} takes no argument, got {name!r}: write {kind!r}.")
     parts = argument.split(":", max(wanted - 1, 0))
     if wanted and (len(parts) < wanted or not all(parts)):
-        lacks = "directory" if wanted == 1 else "directories"
-        raise ValueError(f"drafter {name!r} lacks its {lacks}: write '{pattern}'.")
+        raise ValueError(f"drafter {name!r} lacks an argument: write {pattern!r}.")
     return DRAFTERS[pattern], argument
 
 

@@ -16,7 +16,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from inference.policies.dual_chunk import DualChunkPolicy, Rotations, text_lengths
 from models.attention import Attended, Step
+from models.mesh_attention import over_mesh
 from ops.block_sparse import block_sparse_attention
+from ops.platform import target_platform
 from ops.vertical_slash import raised, vertical_slash_plan
 
 THRESHOLD = 32768
@@ -114,21 +116,28 @@ class VerticalSlashPolicy:
         """Every run of queries attends to what matters to its own last ones.
 
         Rows that are not to be sparse get a plan of everything, which is dense attention by other
-        means.
+        means. Nothing of it crosses rows or heads, so a mesh may split both.
         """
-        stride = self.dense.stride
+        stride, implementation = self.dense.stride, self.implementation
+        if implementation == "auto":
+            implementation = "tpu" if target_platform() == "tpu" else "xla"
 
-        def attend(queries, critical, first, counts):
-            plan = vertical_slash_plan(
-                critical, k, first, counts, layer[0][None], layer[1][None],
-                stride=stride, most=self.most, every=~sparse,
-            )  # fmt: skip
-            positions = first[:, None] + jnp.arange(queries.shape[2], dtype=jnp.int32)[None]
-            return block_sparse_attention(
-                queries, k, v, positions, plan, stride=stride, implementation=self.implementation
-            )
+        def attend_all(q, k, v, by_row, budgets):
+            shared, step, sparse = by_row
 
-        return over_runs(attend, shared.rotate_q(q), shared.rotate_critical(q), step, stride)
+            def attend(queries, critical, first, counts):
+                plan = vertical_slash_plan(
+                    critical, k, first, counts, *(each[None] for each in budgets),
+                    stride=stride, most=self.most, every=~sparse,
+                )  # fmt: skip
+                positions = first[:, None] + jnp.arange(queries.shape[2], dtype=jnp.int32)[None]
+                return block_sparse_attention(
+                    queries, k, v, positions, plan, stride=stride, implementation=implementation
+                )
+
+            return over_runs(attend, shared.rotate_q(q), shared.rotate_critical(q), step, stride)
+
+        return over_mesh(attend_all, q, k, v, (shared, step, sparse), implementation, layer)
 
 
 def over_runs(

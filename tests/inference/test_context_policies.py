@@ -14,12 +14,12 @@ from inference.loop import prefill_chunk
 from inference.policies.dual_chunk import DualChunkPolicy
 from inference.policies.vertical_slash import with_budgets
 from inference.sharded import shard_engine
-from models import clex, params, seqpe
-from models.attention import DensePolicy
+from models import clex, decoder, params, seqpe
+from models.attention import DensePolicy, Step
 from ops.sampling import SamplingParams
 from research.context.clex.scheme import make_scheme
 from research.context.seqpe.policy import make_policy
-from tests.inference.models import config, engine, prompts
+from tests.inference.models import config, engine, prompts, weights
 from tests.inference.test_context import (
     LENGTHS,
     NEW,
@@ -138,6 +138,27 @@ def test_no_program_exchanges_the_cache(name):
             assert max(size for _, size in collectives(program)) < shard.size
         else:
             assert_nothing_per_slot_is_exchanged(program, keys)
+
+
+def test_the_kernel_of_sparse_prefill_runs_on_each_device_s_rows_and_heads():
+    """Every head of every layer has budgets of its own, every row its own length."""
+    budgets = np.asarray([[4, 20, 50, 100], [100, 30, 10, 5]], np.int32)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(3, ROTARY.vocab_size, (4, 192)))
+    counts = jnp.asarray([192, 70, 130, 1], jnp.int32)
+    row = jnp.broadcast_to(jnp.arange(192, dtype=jnp.int32), tokens.shape)
+    step = Step(row, lengths=counts, counts=counts, mode="prefill")
+
+    def hidden(implementation: str) -> np.ndarray:
+        dense = DualChunkPolicy(96, 16)
+        policy = with_budgets(dense, budgets, budgets, 64, implementation)
+        program = jax.jit(decoder.forward, static_argnums=1)
+        out = program(weights(ROTARY), ROTARY, tokens, step=step, policy=policy)
+        return np.asarray(out.hidden)[np.asarray(row < counts[:, None])]
+
+    alone = hidden("xla")
+    with jax.set_mesh(mesh_of("data=2,tensor=2")):
+        split = hidden("interpret")
+    np.testing.assert_allclose(split, alone, rtol=1e-4, atol=1e-4)
 
 
 def test_sparse_prefill_refuses_split_slots():

@@ -18,6 +18,7 @@ from models import params as params_
 from models.drafter_io import save_drafter
 from models.load import Model
 from ops.sampling import SamplingParams
+from research.speculative.swift.drafter import SwiftDrafter
 from research.speculative.token_recycling.drafter import TokenRecycling
 from tests.inference.models import (
     NEW,
@@ -251,14 +252,24 @@ def test_drafters_are_made_by_name():
     assert make_drafter("recycling", model) == (TokenRecycling(), None)
 
 
+def test_swift_drafts_a_comb_or_a_chain_of_a_given_length():
+    model = dataclasses.replace(target_model(), cfg=config(num_layers=4))
+    assert make_drafter("swift", model)[0].width == 64
+    assert make_drafter("swift:4", model)[0] == SwiftDrafter(max_steps=4, max_nodes=0)
+    for name in ("swift:0", "swift:-1", "swift:some"):
+        with pytest.raises(ValueError, match="a chain of 1 or more tokens, got"):
+            make_drafter(name, model)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("lookahead", "unknown drafter 'lookahead': choose one of none, lookup"),
         ("", "unknown drafter ''"),
-        ("draft", "lacks its directory: write 'draft:DIR'"),
-        ("medusa:", "lacks its directory: write 'medusa:DIR'"),
+        ("draft", "lacks an argument: write 'draft:DIR'"),
+        ("medusa:", "lacks an argument: write 'medusa:DIR'"),
         ("lookup:3", "takes no argument, got 'lookup:3'"),
+        ("swift:", "lacks an argument: write 'swift:STEPS'"),
     ],
 )
 def test_names_of_drafters_are_checked(name, message):

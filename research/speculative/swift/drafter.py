@@ -387,5 +387,13 @@ def swift(
 
 
 def load(argument: str, model: Any) -> tuple[SwiftDrafter, Controls]:
-    """The drafter with its usual settings: there is nothing to load."""
-    return swift(model.cfg)
+    """The drafter with its usual settings, or a chain of at most ``argument`` tokens.
+
+    Raises:
+        ValueError: an argument that is no number of tokens.
+    """
+    if not argument:
+        return swift(model.cfg)
+    if not argument.isdecimal() or int(argument) < 1:
+        raise ValueError(f"SWIFT drafts a chain of 1 or more tokens, got {argument!r}: swift:4.")
+    return swift(model.cfg, max_steps=int(argument), max_nodes=0)

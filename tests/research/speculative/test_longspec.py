@@ -241,7 +241,7 @@ def test_a_saved_layer_is_loaded_by_name(tmp_path: Any):
     jax.tree.map(np.testing.assert_array_equal, given, layer())
     chain, _ = make_drafter(f"longspec-chain:{name}", model())
     assert isinstance(chain, LongSpecDrafter) and chain.shape == CHAIN
-    with pytest.raises(ValueError, match="lacks its directory: write 'longspec:DIR'"):
+    with pytest.raises(ValueError, match="lacks an argument: write 'longspec:DIR'"):
         check_name("longspec")
 
 

@@ -293,7 +293,7 @@ def test_a_saved_head_is_loaded_by_name(folder, tmp_path) -> None:
         make_drafter(f"specdec:{tmp_path / 'other'}:{tmp_path / 'head'}", TARGET)
     with pytest.raises(FileNotFoundError, match="trained drafter"):
         make_drafter(f"specdec:{tmp_path / 'draft'}:{tmp_path / 'none'}", TARGET)
-    with pytest.raises(ValueError, match="lacks its directories: write 'specdec:DIR:HEADS'"):
+    with pytest.raises(ValueError, match="lacks an argument: write 'specdec:DIR:HEADS'"):
         make_drafter("specdec:draft", TARGET)
 
 
