@@ -8,7 +8,7 @@ device, and whether that fits. There are no weights: everything is shapes. It ne
 
 ``--policy=dense,dual_chunk:6144:1024`` compiles them under each of these attention policies, named
 as everywhere (``inference.policies.registry``). A policy that is read from a folder or a file is
-refused, and so is sparse prefill, whose kernel is not divided between devices.
+refused, and so is sparse prefill on a mesh that splits a row's slots.
 
 Arguments are weights and cache, temporaries what the program needs besides; a program that the
 compiler refuses for want of memory does not fit, and its sentence is kept. Seconds are rooflines of
@@ -20,8 +20,8 @@ one device at the chip's published peaks (``experiments.tpu_slices``), communica
   fast memory and the read from there, and what a kernel says of a cache whose rows are full.
 
 The compiler counts one turn of a loop. The decoding loop's is one step, as meant; a program with a
-loop around its products besides, as dual chunks over split slots have in a prompt's chunk, gets no
-seconds. Slots outside a sliding window are counted, although kernels skip blocks of them.
+loop around its products besides, as sparse prefill has in a prompt's chunk, gets no seconds. Slots
+outside a sliding window are counted, although kernels skip blocks of them.
 
 Positions beyond those that a model was trained for are not looked at: this is about memory.
 """
@@ -47,7 +47,7 @@ from experiments.report import markdown
 from inference.cache import init_cache
 from inference.drafter import NoDrafter
 from inference.loop import State, decode_rounds, init_stats, prefill_chunk
-from inference.sharded import state_shardings, weight_shardings
+from inference.sharded import check_split, state_shardings, weight_shardings
 from models import decoder
 from models.flops import product_depth
 from models.params import shape_dtype
@@ -287,10 +287,11 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     """
     for model in settings.model:
         cfg = config_of(model, settings.layers)
-        for policy in settings.policy:
-            policy_of(policy, cfg)
         for name in settings.slice:
-            check(settings, mesh_sizes(settings.mesh, cfg, name))
+            sizes = mesh_sizes(settings.mesh, cfg, name)
+            check(settings, sizes)
+            for policy in settings.policy:
+                check_split(policy_of(policy, cfg), sizes["context"])
     rows = []
     for name, model, length, policy in itertools.product(
         settings.slice, settings.model, settings.lengths, settings.policy

@@ -61,15 +61,10 @@ def policy_of(name: str, cfg: Config) -> Any:
     """The attention policy of that name for the model, if shapes and the name say all about it.
 
     Raises:
-        ValueError: an unknown policy, one that the model cannot have, one that is read from files,
-            or sparse prefill.
+        ValueError: an unknown policy, one that the model cannot have, or one that is read from
+            files.
     """
     form, _ = check_policy(name)
-    if form.startswith("vertical_slash"):
-        raise ValueError(
-            f"policy {name!r} is not divided between devices, and a slice has several: ask for "
-            "dual_chunk:CHUNK:LOCAL, which decodes in the same way."
-        )
     if form.endswith((":DIR", ":FILE")):
         raise ValueError(
             f"policy {name!r} is read from what a run has written, and here are only shapes: ask "

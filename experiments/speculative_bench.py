@@ -100,14 +100,17 @@ def make_sides(
         drafter, params = make_drafter(wanted if kind == "tuned" else name, model)
         params = by_rows(params)
         if kind == "tuned":
+            print(f"choosing a size for {wanted}", flush=True)
             drafter = tuned(model, drafter, params, prompts, seconds, batch=batch)
         sides[name] = drafter, params
     return sides
 
 
 def other_prompts(settings: Settings, model: Model) -> list[list[int]]:
-    """Up to four prompts of every category that are not asked."""
-    return [p for given in categories(settings, model, "train").values() for p in given[:4]]
+    """Up to four prompts of every category that are not asked, about twelve in all."""
+    found = categories(settings, model, "train").values()
+    each = max(1, min(4, 12 // len(found)))
+    return [prompt for given in found for prompt in given[:each]]
 
 
 def experience(

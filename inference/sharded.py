@@ -137,6 +137,20 @@ class ShardedEngine(Engine):
             return super().run(state, seeds, sampling, eos, rounds_per_call, after_call)
 
 
+def check_split(policy: Any, context: int) -> None:
+    """Refuse a policy that cannot have its slots split over so many devices.
+
+    Raises:
+        ValueError: sparse prefill over split slots.
+    """
+    if context > 1 and isinstance(policy, VerticalSlashPolicy):
+        raise ValueError(
+            "the sparse prefill of 'vertical_slash' selects among all of a row's slots, and the "
+            "mesh splits them over 'context': prefill with 'dual_chunk' or use a mesh with "
+            "context=1."
+        )
+
+
 def shard_engine(engine: Engine, mesh: Mesh, rules: ShardingRules | None = None) -> ShardedEngine:
     """The engine with its weights on a mesh; the drafter's weights are on every device.
 
@@ -145,12 +159,7 @@ def shard_engine(engine: Engine, mesh: Mesh, rules: ShardingRules | None = None)
     Raises:
         ValueError: sparse prefill over split slots.
     """
-    if mesh.shape["context"] > 1 and isinstance(engine.policy, VerticalSlashPolicy):
-        raise ValueError(
-            "the sparse prefill of 'vertical_slash' selects among all of a row's slots, and the "
-            "mesh splits them over 'context': prefill with 'dual_chunk' or use a mesh with "
-            "context=1."
-        )
+    check_split(engine.policy, mesh.shape["context"])
     rules = ShardingRules() if rules is None else rules
     everywhere = NamedSharding(mesh, PartitionSpec())
     fields = {f.name: getattr(engine, f.name) for f in dataclasses.fields(Engine)}

@@ -62,19 +62,20 @@ def mesh_dual_chunk_attention(
     """:func:`ops.dual_chunk.dual_chunk_attention` under whatever mesh is in force.
 
     As :func:`over_mesh` says. Where slots are split, each device picks the rotations that its own
-    want, which stand at ``first, first + 1, ...``, in XLA.
+    want, which stand at ``first, first + 1, ...``.
 
     Raises:
         ValueError: see :func:`ops.dual_chunk.dual_chunk_attention`.
     """
-    (b, s), split = k.shape[:2], _slots_axis(k) is not None
+    (b, s), axis = k.shape[:2], _slots_axis(k)
+    share = None if axis is None else s // jax.sharding.get_abstract_mesh().shape[axis]
     if implementation == "auto":
-        implementation = "tpu" if kernel_serves(stride) and not split else "xla"
+        implementation = "tpu" if kernel_serves(stride, share) else "xla"
 
     def call(q: Array, k: Array, v: Array, mask: AttentionMask) -> tuple[Array, Array]:
         return dual_chunk_attention(
             jnp.moveaxis(q, 3, 0), k, v, mask.q_positions, stride=stride, lengths=mask.lengths,
-            implementation=implementation, first=mask.k_positions[0, 0] if split else None,
+            implementation=implementation, first=None if share is None else mask.k_positions[0, 0],
         )  # fmt: skip
 
     mask = AttentionMask(

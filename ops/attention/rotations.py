@@ -1,7 +1,7 @@
 """Queries that come in three rotations, as dual chunk attention has them (see `ops.dual_chunk`).
 
-Slot j holds position j, so that a block of slots whose size divides the stride lies in one chunk,
-and all its keys want the same rotation of a query.
+Slots hold consecutive positions from a multiple of the block's size on, so that a block whose size
+divides the stride lies in one chunk, and all its keys want the same rotation of a query.
 """
 
 import math
@@ -29,11 +29,16 @@ def pick_rows(three: Any, which: Any) -> Any:
     return pick([x.astype(jnp.float32) for x in three], which).astype(three[0].dtype)
 
 
-def kernel_block(stride: int | None, most: int, multiple: int = 128) -> int:
+def kernel_block(
+    stride: int | None, most: int, share: int | None = None, multiple: int = 128
+) -> int:
     """Slots per key block: at most `most`, and within one chunk if there is a stride.
 
+    Args:
+      share: slots, if they are a share of a row's, which may begin at any multiple of their number.
+
     Raises:
-      ValueError: `most` or the stride is off the grid of TPU blocks.
+      ValueError: `most`, the stride or the share is off the grid of TPU blocks.
     """
     if most % multiple:
         raise ValueError(f"TPU block sizes must be multiples of {multiple}; got {most}")
@@ -42,4 +47,9 @@ def kernel_block(stride: int | None, most: int, multiple: int = 128) -> int:
             f"the kernels of dual chunk attention need a stride that is a multiple of {multiple}; "
             f"got {stride}: choose chunk_size - local_size so, or implementation='xla'"
         )
-    return most if stride is None else math.gcd(most, stride)
+    if share is not None and share % multiple:
+        raise ValueError(
+            f"the kernels of dual chunk attention need shares of a multiple of {multiple} slots; "
+            f"got {share}: choose a longer cache or fewer devices, or implementation='xla'"
+        )
+    return most if stride is None else math.gcd(most, stride, share or 0)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ops.attention import tpu_softmax as softmax
 from ops.attention.hooks import LogitHook, apply_rules, pack_numbers
@@ -52,6 +52,7 @@ def decode_attention(
     hooks: tuple[LogitHook, ...] = (),
     *,
     stride: int | None = None,
+    origin: Int[Array, ""] | None = None,
     block_kv: int | None = None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "b t h dv"], Float[Array, "b t h"]]:
@@ -59,21 +60,24 @@ def decode_attention(
 
     Rows of the matrix products are the h/g * t queries of one group. `block_kv` is a multiple
     of 128. The tree mask is moved to its place among the slots by a one-hot product on the matrix
-    unit, and only in the blocks that hold scratch slots. `stride` as in the prefill kernel.
+    unit, and only in the blocks that hold scratch slots. `stride` and `origin` as
+    in the prefill kernel.
 
     Raises:
-      ValueError: a block size or a stride off the 128 grid.
+      ValueError: a block size, a stride or a share off the 128 grid.
     """
     q = q if stride is not None else q[None]
     (x, b, t, h, d), (s, g, dv) = q.shape, (*k.shape[1:3], v.shape[3])
     rows = softmax.round_up(h // g * t, 16)
-    block_kv = kernel_block(stride, block_kv or decode_block(rows, g, d, dv, k.dtype.itemsize))
+    most = block_kv or decode_block(rows, g, d, dv, k.dtype.itemsize)
+    block_kv = kernel_block(stride, most, None if origin is None else s)
     block_kv = min(block_kv, softmax.round_up(s, 128))
     nk = pl.cdiv(s, block_kv)
     seen = intervals(mask, b, t, s, places=bool(hooks) or stride is not None)
     seen = seen.pad(t, nk * block_kv)
     first, last, start, tree = _scratch(mask, seen, rows, block_kv)
-    scalars = (first, last, start, jnp.asarray(scale, jnp.float32).reshape(1))
+    begins = jnp.asarray(0 if origin is None else origin, jnp.int32).reshape(1)
+    scalars = (first, last, start, jnp.asarray(scale, jnp.float32).reshape(1), begins)
     q_rows = q.reshape(x, b, t, g, h // g, d).transpose(0, 1, 3, 4, 2, 5).reshape(x, b, g, -1, d)
     q_rows = jnp.pad(q_rows, ((0, 0), (0, 0), (0, 0), (0, rows - q_rows.shape[3]), (0, 0)))
     tensors = (
@@ -130,7 +134,7 @@ def _grid(tensors: tuple[Any, ...], block_kv: int) -> pltpu.PrefetchScalarGridSp
         return bi, 0, key_block(bi, ki, first, last), 0
 
     return pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=4,
+        num_scalar_prefetch=5,
         grid=(b, pl.cdiv(s, block_kv)),
         in_specs=[
             whole_row(*q_side[1:]),
@@ -210,7 +214,7 @@ def _cost(q: Any, k: Any, v: Any) -> pl.CostEstimate:
 
 
 def _kernel(
-    first, last, start, scale, q_side, k_side, numbers, tree, q, k, v, out, lse, top, total,
+    first, last, start, scale, origin, q_side, k_side, numbers, tree, q, k, v, out, lse, top, total,
     weighted, *, slots, segments, nodes, rules, stride,
 ):  # fmt: skip
     bi, ki = pl.program_id(0), pl.program_id(1)
@@ -238,7 +242,7 @@ def _kernel(
     def queries(gi):
         if stride is None:
             return q[0, 0, gi]
-        which = rotation_of(q_side[0, :, 4:5], jax.lax.div(ki * block, stride))
+        which = rotation_of(q_side[0, :, 4:5], jax.lax.div(origin[0] + ki * block, stride))
         return pick_rows([q[i, 0, gi] for i in range(3)], which)
 
     def change(gi, scores):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ops.attention import tpu_softmax as softmax
 from ops.attention.hooks import LogitHook, apply_rules, pack_numbers
@@ -33,6 +33,7 @@ def prefill_attention(
     hooks: tuple[LogitHook, ...] = (),
     *,
     stride: int | None = None,
+    origin: Int[Array, ""] | None = None,
     block_q: int = 512,
     block_kv: int = 512,
     interpret: Any = False,
@@ -41,13 +42,14 @@ def prefill_attention(
 
     Blocks that no query of the block can see are neither fetched nor computed. `block_q` and
     `block_kv` are multiples of 128. With a `stride` q is [3, b, t, h, d], the rotations of dual
-    chunk attention, slot j holds position j, and key blocks divide the stride. A tree mask is not
-    supported here.
+    chunk attention, and key blocks divide the stride; slot j holds position j or, where they are a
+    share of a row's slots, `origin` + j, a multiple of s, as the mask's positions must say too. A
+    tree mask is not supported here.
 
     Raises:
-      ValueError: block sizes or a stride off the 128 grid, or a mask with a tree.
+      ValueError: block sizes, a stride or a share off the 128 grid, or a mask with a tree.
     """
-    block_kv = kernel_block(stride, block_kv)
+    block_kv = kernel_block(stride, block_kv, None if origin is None else k.shape[1])
     if block_q % 128:
         raise ValueError(f"TPU block sizes must be multiples of 128; got {block_q}")
     if mask.tree is not None:
@@ -61,7 +63,10 @@ def prefill_attention(
     seen = seen.pad(nq * block_q, nk * block_kv)
     first, last = block_ranges(seen, block_q, block_kv)
     numbers = pack_numbers(hooks, h).ravel() if hooks else jnp.zeros(1, jnp.float32)
-    scalars = (first.ravel(), last.ravel(), jnp.asarray(scale, jnp.float32).reshape(1), numbers)
+    scalars = (
+        first.ravel(), last.ravel(), jnp.asarray(scale, jnp.float32).reshape(1), numbers,
+        jnp.asarray(0 if origin is None else origin, jnp.int32).reshape(1),
+    )  # fmt: skip
     tensors = (
         *_sides(seen, stride),
         q.transpose(0, 1, 3, 2, 4),
@@ -120,7 +125,7 @@ def _grid(
     if x > 1:
         scratch.append(pltpu.VMEM((block_q, d), q.dtype))
     return pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=4,
+        num_scalar_prefetch=5,
         grid=(b, h, nq, nk),
         in_specs=[
             pl.BlockSpec((1, SIDE_ROWS, block_q), lambda bi, hi, qi, ki, *_: (bi, 0, qi)),
@@ -170,8 +175,8 @@ def _cost(q: Any, k: Any, v: Any, nq: int, triangular: bool) -> pl.CostEstimate:
 
 
 def _kernel(
-    first, last, scale, numbers, q_side, k_side, q, k, v, out, lse, side, top, total, weighted,
-    chosen=None, *, blocks, slots, segments, rules, stride,
+    first, last, scale, numbers, origin, q_side, k_side, q, k, v, out, lse, side, top, total,
+    weighted, chosen=None, *, blocks, slots, segments, rules, stride,
 ):  # fmt: skip
     nq, nk = blocks
     head, ki = pl.program_id(1), pl.program_id(3)
@@ -186,11 +191,12 @@ def _kernel(
     wanted = (ki >= first[row]) & (ki <= last[row])
     if chosen is not None:
         # All keys of a block want the same rotation: it changes where a chunk begins.
-        begins = jax.lax.rem(ki * block, stride) == 0
+        position = origin[0] + ki * block
+        begins = jax.lax.rem(position, stride) == 0
 
         @pl.when(wanted & (begins | (ki == first[row])))
         def _():
-            which = rotation_of(side[:, 4:5], jax.lax.div(ki * block, stride))
+            which = rotation_of(side[:, 4:5], jax.lax.div(position, stride))
             chosen[...] = pick_rows([q[i, 0, 0] for i in range(3)], which)
 
     def change(scores):

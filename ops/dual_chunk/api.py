@@ -37,36 +37,32 @@ def dual_chunk_attention(
       scale: multiplies the scores in float32; default d ** -0.5.
       implementation: "xla"; "tpu", the kernels; "interpret", the same on CPU; "reference", which
         computes all pairs; "auto" takes the kernels where :func:`kernel_serves` says so, but XLA
-        for a share of the slots, and where a mesh is in force, whose devices XLA cannot divide a
-        kernel between (:mod:`models.mesh_attention` can).
+        where a mesh is in force, whose devices XLA cannot divide a kernel between
+        (:mod:`models.mesh_attention` can).
       first: where a device has one of the equal shares of longer rows' slots: the position that
-        its slot 0 holds, a multiple of s. `lengths` are then those of its share. Not in the
-        kernels.
+        its slot 0 holds, a multiple of s. `lengths` are then those of its share.
 
     Returns:
       The output in v's dtype and the log-sum-exp of the scaled scores, float32.
 
     Raises:
-      ValueError: a stride below 1 or, in the kernels, off the 128 grid, or `first`; heads that do
-        not divide; an unknown implementation.
+      ValueError: a stride below 1; in the kernels a stride or a share of the slots off the 128
+        grid; heads that do not divide; an unknown implementation.
     """
     _check(q, k, stride)
     scaled_by = q.shape[-1] ** -0.5 if scale is None else scale
     b, s = k.shape[:2]
     lengths = jnp.full((b,), s, jnp.int32) if lengths is None else lengths
     if implementation == "auto":
-        whole = first is None and not _divided()
-        implementation = "tpu" if whole and kernel_serves(stride) else "xla"
+        served = kernel_serves(stride, None if first is None else s) and not _divided()
+        implementation = "tpu" if served else "xla"
     if implementation == "xla":
         return attend_ordered(q, k, v, q_positions, lengths, stride, scaled_by, first=first)
     if implementation in ("tpu", "interpret"):
-        if first is not None:
-            raise ValueError(
-                "the kernels of dual chunk attention want rows whole, and devices share their "
-                "slots: use implementation 'auto' or 'xla'."
-            )
-        interpret = implementation == "interpret"
-        return attend_kernel(q, k, v, q_positions, lengths, stride, scaled_by, interpret=interpret)
+        return attend_kernel(
+            q, k, v, q_positions, lengths, stride, scaled_by,
+            first=first, interpret=implementation == "interpret",
+        )  # fmt: skip
     if implementation != "reference":
         raise ValueError(
             f"unknown dual chunk implementation {implementation!r}: name one of auto, xla, "
@@ -108,9 +104,12 @@ def pairwise_attention(
     )
 
 
-def kernel_serves(stride: int) -> bool:
-    """Whether the program is for a TPU and its kernels take this stride: a multiple of 128."""
-    return target_platform() == "tpu" and stride % 128 == 0
+def kernel_serves(stride: int, share: int | None = None) -> bool:
+    """Whether the program is for a TPU and its kernels take this stride: a multiple of 128.
+
+    So must be a device's ``share`` of the slots, if they are split.
+    """
+    return target_platform() == "tpu" and stride % 128 == 0 and not (share or 0) % 128
 
 
 def _divided() -> bool:

@@ -23,27 +23,36 @@ def attend_kernel(
     stride: int,
     scale: float | Float[Array, ""],
     *,
+    first: Int[Array, ""] | None = None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "b t h dv"], Float[Array, "b t h"]]:
     """Output in v's dtype and log-sum-exp; the gradient recomputes through all pairs, in XLA.
 
     Up to `DECODE_ROWS` query rows per key head run in the decode kernel, more in the prefill one.
 
+    `first` is the position of slot 0 where the slots are a share of a row's.
+
     Raises:
-      ValueError: a stride that is not a multiple of 128.
+      ValueError: a stride or a share that is not a multiple of 128.
     """
     scale = jnp.asarray(scale, jnp.float32)
-    attended: Any = _attend(stride, interpret, q, k, v, q_positions, lengths, scale)
+    attended: Any = _attend(stride, interpret, q, k, v, q_positions, lengths, scale, first)
     out, lse = attended
     return out.astype(v.dtype), lse
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(stride, interpret, q, k, v, q_positions, lengths, scale):
-    mask = AttentionMask(q_positions=q_positions, lengths=lengths, causal=True)
+def _attend(stride, interpret, q, k, v, q_positions, lengths, scale, first):
+    slots = None if first is None else _slots(k, first)
+    mask = AttentionMask(q_positions, slots, lengths=lengths, causal=True)
     few = q.shape[3] // k.shape[2] * q.shape[2] <= DECODE_ROWS
     kernel = decode_attention if few else prefill_attention
-    return kernel(q, k, v, mask, scale, stride=stride, interpret=interpret)
+    return kernel(q, k, v, mask, scale, stride=stride, origin=first, interpret=interpret)
+
+
+def _slots(k, first):
+    slots = jnp.arange(k.shape[1], dtype=jnp.int32)[None] + first
+    return jnp.broadcast_to(slots, k.shape[:2])
 
 
 def _forward(stride, interpret, *args):
@@ -51,9 +60,9 @@ def _forward(stride, interpret, *args):
 
 
 def _backward(stride, interpret, saved: Any, cotangents: Any):
-    q, k, v, q_positions, lengths, scale = saved
-    slots = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32)[None], k.shape[:2])
-    mask = AttentionMask(q_positions=q_positions, lengths=lengths, causal=True)
+    q, k, v, q_positions, lengths, scale, first = saved
+    slots = _slots(k, 0 if first is None else first)
+    mask = AttentionMask(q_positions, slots, lengths=lengths, causal=True)
 
     def recompute(q, k, v, scale):
         chunks = q_positions // stride, slots // stride
@@ -61,7 +70,7 @@ def _backward(stride, interpret, saved: Any, cotangents: Any):
         return out.astype(q.dtype), lse
 
     dq, dk, dv, dscale = jax.vjp(recompute, q, k, v, scale)[1](cotangents)
-    return dq, dk, dv, None, None, dscale
+    return dq, dk, dv, None, None, dscale, None
 
 
 _attend.defvjp(_forward, _backward)

@@ -140,24 +140,23 @@ def test_no_program_exchanges_the_cache(name):
             assert_nothing_per_slot_is_exchanged(program, keys)
 
 
-def test_the_kernel_of_sparse_prefill_runs_on_each_device_s_rows_and_heads():
-    """Every head of every layer has budgets of its own, every row its own length."""
+def read_sparsely(implementation: str) -> np.ndarray:
+    """Hidden states of ragged rows; every head of every layer has budgets of its own."""
     budgets = np.asarray([[4, 20, 50, 100], [100, 30, 10, 5]], np.int32)
+    policy = with_budgets(DualChunkPolicy(96, 16), budgets, budgets, 64, implementation)
     tokens = jnp.asarray(np.random.default_rng(0).integers(3, ROTARY.vocab_size, (4, 192)))
     counts = jnp.asarray([192, 70, 130, 1], jnp.int32)
     row = jnp.broadcast_to(jnp.arange(192, dtype=jnp.int32), tokens.shape)
     step = Step(row, lengths=counts, counts=counts, mode="prefill")
+    program = jax.jit(decoder.forward, static_argnums=1)
+    out = program(weights(ROTARY), ROTARY, tokens, step=step, policy=policy)
+    return np.asarray(out.hidden)[np.asarray(row < counts[:, None])]
 
-    def hidden(implementation: str) -> np.ndarray:
-        dense = DualChunkPolicy(96, 16)
-        policy = with_budgets(dense, budgets, budgets, 64, implementation)
-        program = jax.jit(decoder.forward, static_argnums=1)
-        out = program(weights(ROTARY), ROTARY, tokens, step=step, policy=policy)
-        return np.asarray(out.hidden)[np.asarray(row < counts[:, None])]
 
-    alone = hidden("xla")
+def test_the_kernel_of_sparse_prefill_runs_on_each_device_s_rows_and_heads():
+    alone = read_sparsely("xla")
     with jax.set_mesh(mesh_of("data=2,tensor=2")):
-        split = hidden("interpret")
+        split = read_sparsely("interpret")
     np.testing.assert_allclose(split, alone, rtol=1e-4, atol=1e-4)
 
 
@@ -166,4 +165,9 @@ def test_sparse_prefill_refuses_split_slots():
     one = engine(ROTARY, policy=with_budgets(DualChunkPolicy(96, 16), every, every))
     with pytest.raises(ValueError, match="prefill with 'dual_chunk' or use a mesh with context=1"):
         shard_engine(one, mesh_of(MESHES[0]))
+    with (
+        jax.set_mesh(mesh_of(MESHES[0])),
+        pytest.raises(ValueError, match="them over 'context': use a mesh with context=1"),
+    ):
+        read_sparsely("interpret")
     shard_engine(one, mesh_of("data=2,tensor=2"))

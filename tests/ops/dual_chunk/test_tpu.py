@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from ops.attention.merge import merge
 from ops.dual_chunk import dual_chunk_attention
 from ops.dual_chunk.tpu import attend_kernel
 from ops.platform import target
@@ -64,6 +65,40 @@ def test_equals_the_pairs(name, dtype):
         np.float32(got[0]), np.float32(wanted[0]), rtol=tolerance, atol=tolerance
     )
     np.testing.assert_allclose(got[1], wanted[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("t", [3, 140])
+def test_shares_of_the_slots_merged_are_the_whole(t):
+    """Shares of 384 begin within a chunk of 256; the first row leaves the last two empty."""
+    q, k, v = tensors(t, 1536)
+    at, lengths = ragged(t, 500, 1380)
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def part(q, k, v, first, implementation):
+        mine = slice(None), slice(None, 384)
+        rolled = [jnp.roll(x, -first, axis=1)[mine] for x in (k, v)]
+        return dual_chunk_attention(
+            q, *rolled, at, stride=256, lengths=jnp.clip(lengths - first, 0, 384),
+            implementation=implementation, first=first,
+        )  # fmt: skip
+
+    def merged(q, k, v, implementation):
+        parts = (part(q, k, v, jnp.int32(i), implementation) for i in range(0, 1536, 384))
+        return functools.reduce(lambda a, b: merge(*a, *b), parts)
+
+    wanted = run(q, k, v, at, lengths, "reference", 256)
+    for x, y in zip(merged(q, k, v, "interpret"), wanted, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+    def loss(implementation):
+        def total(q, k, v):
+            out, lse = part(q, k, v, jnp.int32(384), implementation)
+            return jnp.sum(out**2) + jnp.sum(jnp.where(lse > -jnp.inf, lse, 0.0))
+
+        return jax.grad(total, (0, 1, 2))(q, k, v)
+
+    for x, y in zip(loss("interpret"), loss("reference"), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("t", [3, 140])
