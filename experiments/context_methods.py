@@ -85,17 +85,11 @@ def extended(settings: Settings, result: dict[str, Any]) -> Settings:
     Raises:
         ValueError: the result has several seeds, whose rows are joined, or other settings.
     """
-    theirs, ours = result["config"], json.loads(json.dumps(dataclasses.asdict(settings)))
     if len(result["seeds"]) != 1:
         raise ValueError(
             "the rows of several seeds cannot be told apart: extend a result of one seed."
         )
-    free = ("methods", "folder", "jobs")
-    if other := [key for key in ours if key not in free and ours[key] != theirs[key]]:
-        raise ValueError(
-            f"the result has {other[0]} {theirs[other[0]]}, not {ours[other[0]]}: it can be "
-            "extended with its own settings only."
-        )
+    record.check_extends(result, settings, ("methods", "folder", "jobs"))
     rates = {row["method"]: row for row in result["rows"] if row["kind"] == "rates"}
     kept = {m: {"losses": row["losses"], "best": row["best"]} for m, row in rates.items()}
     rows = [row for row in result["rows"] if row["kind"] not in ("rates", "summary")]
@@ -103,7 +97,7 @@ def extended(settings: Settings, result: dict[str, Any]) -> Settings:
     write_json(_rates_file(settings), kept | _read(_rates_file(settings), {}))
     path = _rows_file(settings, settings.seeds[0])
     write_json(path, _read(path, rows))
-    methods = dict.fromkeys((*theirs["methods"], *settings.methods))
+    methods = dict.fromkeys((*result["config"]["methods"], *settings.methods))
     return dataclasses.replace(settings, methods=tuple(methods))
 
 

@@ -142,6 +142,23 @@ def save(
     return _write(name, result, folder)
 
 
+def check_extends(result: Mapping[str, Any], config: Any, free: Sequence[str]) -> None:
+    """Refuse to add rows to a result under other settings than its own, but for the ``free`` ones.
+
+    Args:
+        config: the settings, a dataclass.
+
+    Raises:
+        ValueError: the first setting that differs.
+    """
+    theirs, ours = result["config"], json.loads(json.dumps(dataclasses.asdict(config)))
+    if other := [key for key in ours if key not in free and ours[key] != theirs[key]]:
+        raise ValueError(
+            f"the result has {other[0]} {theirs[other[0]]}, not {ours[other[0]]}: it can be "
+            "extended with its own settings only."
+        )
+
+
 def name_of(experiment: str, model: str | None = None, *endings: str) -> str:
     """The name of a result: the last part of its model's path, if any, and endings but empty ones.
 

@@ -6,7 +6,8 @@ Trains the variants of `configs/seqpe.py` that the folder does not hold yet, one
 seed, and reads held-out windows of the longest length in pieces of every length: the same tokens
 each time, so that only context differs. Rotary positions are also read by interpolation and by NTK
 scaling with the factor of each length; learned tables and sinusoids are squeezed into the trained
-range. A command that was cut off goes on where it was.
+range. A command that was cut off goes on where it was. ``--extend`` adds methods to the result that
+is there, with its settings.
 """
 
 import dataclasses
@@ -233,6 +234,12 @@ def summarise(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return row
 
 
+def joined(before: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+    """Rows of a result and those that extend it, which stand for their methods."""
+    by = {row["method"]: row for row in (*before, *rows)}
+    return list(by.values())
+
+
 def show(rows: Sequence[dict[str, Any]]) -> str:
     """The result as a plain table."""
     columns = [key for key in rows[0] if key.startswith("at_")]
@@ -248,15 +255,21 @@ def main(_: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     settings = from_flags(Settings)
     settings = dataclasses.replace(settings, times=tuple(int(n) for n in settings.times))
+    name, earlier = record.name_of("seqpe", None, flags.FLAGS.label), None
     try:
+        if flags.FLAGS.extend:
+            earlier = record.load(name)
+            record.check_extends(earlier, settings, ("methods", "folder"))
         rows = run(settings)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
+    if earlier is not None:
+        rows = joined(earlier["rows"], rows)
+        settings = dataclasses.replace(settings, methods=tuple(row["method"] for row in rows))
     known = {1, 8, 16} <= set(settings.times)
     asked = STATEMENTS if known else ()
     print(show(rows))
-    name = record.name_of("seqpe", None, flags.FLAGS.label)
-    statements.conclude(name, rows, asked, settings)
+    statements.conclude(name, rows, asked, settings, earlier=earlier)
 
 
 def define_flags() -> None:
@@ -274,6 +287,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("windows", 16, "Windows of the longest length.", lower_bound=1)
     flags.DEFINE_integer("batch_tokens", 2048, "Tokens of a pass.", lower_bound=1)
     flags.DEFINE_string("label", "", "Ending of the result's name.")
+    flags.DEFINE_bool("extend", False, "Add --methods to the result that is there.")
 
 
 if __name__ == "__main__":

@@ -79,17 +79,19 @@ def conclude(
     asked: Sequence[Statement],
     settings: Any,
     timing: dict[str, Any] | None = None,
+    earlier: dict[str, Any] | None = None,
 ) -> None:
     """How a measurement ends: its statements are answered and printed, its result is saved.
 
     Args:
         name: of the result.
         settings: a dataclass with the ``seeds`` of every sample of the rows; the result's config.
-        timing: see :func:`experiments.record.save`.
+        timing, earlier: see :func:`experiments.record.save`.
     """
     answers = answer(rows, asked, len(settings.seeds))
     print(show(answers))
     path = record.save(
-        name, rows, config=settings, seeds=settings.seeds, timing=timing, statements=answers
-    )
+        name, rows, config=settings, seeds=settings.seeds, timing=timing, statements=answers,
+        earlier=earlier,
+    )  # fmt: skip
     print("saved", path)

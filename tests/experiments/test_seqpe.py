@@ -100,3 +100,10 @@ def test_larger_images() -> None:
     assert len(places) > 1 and max(max(p) for p in places) <= 3
     assert seqpe_vit.scaled(images, 9).shape == (4, 9, 9, 1)
     np.testing.assert_allclose(seqpe_vit.scaled(images, 6), images, atol=1e-6)
+
+
+def test_a_result_is_extended_by_methods_that_it_lacks_or_has_anew() -> None:
+    before = [row("seqpe", 10, 12, 14), row("rope", 20, 30, 40)]
+    rows = seqpe.joined(before, [row("rope", 21, 30, 40), row("none", 30, 40, 50)])
+    assert [one["method"] for one in rows] == ["seqpe", "rope", "none"]
+    assert rows[1] == row("rope", 21, 30, 40)
