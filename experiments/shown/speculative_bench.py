@@ -14,6 +14,7 @@ from experiments.speculative_bench import RATIOS
 PAGE = "research/speculative/README.md"
 SMOLLM2 = "speculative_bench_smollm2_135m"
 BATCHES = "speculative_bench_smollm2_135m_batches"
+SPEC_BENCH = "speculative_bench_smollm2_135m_spec_bench"
 SHIPPED = "speculative_bench_python_5m"
 NAMES = {
     "none": "plain decoding",
@@ -170,6 +171,8 @@ TABLES: tuple[Rendered, ...] = (
     Table("bench-summary", PAGE, SMOLLM2, SUMMARY_HEADER, summary_row, kind("summary")),
     Statements("bench-statements", PAGE, SMOLLM2, unit="repeats"),
     Table("bench-sides", PAGE, SMOLLM2, SIDE_HEADER, side_row, kind("side")),
+    Table("bench-spec", PAGE, SPEC_BENCH, SUMMARY_HEADER, summary_row, kind("summary")),
+    Table("bench-spec-sides", PAGE, SPEC_BENCH, SIDE_HEADER, side_row, kind("side")),
     Table("bench-shipped", PAGE, SHIPPED, SUMMARY_HEADER, summary_row, kind("summary")),
     Statements("bench-shipped-statements", PAGE, SHIPPED, unit="repeats"),
     Table("bench-shipped-sides", PAGE, SHIPPED, SIDE_HEADER, side_row, kind("side")),
