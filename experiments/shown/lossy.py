@@ -26,11 +26,12 @@ SUPERPOSED_HEADER = (
     "distinct tokens",
     "distinct pairs",
     "passes per prompt",
+    "seconds for all",
 )
 
 
 def superposed_row(row: dict[str, Any]) -> tuple[str, ...]:
-    """Cells of the comparison: perplexities, how much drafts differ, passes times rows."""
+    """Cells of the comparison: perplexities, how much drafts differ, passes times rows, seconds."""
     return (
         SUPERPOSED[row["method"]],
         number(row["best"]),
@@ -39,6 +40,7 @@ def superposed_row(row: dict[str, Any]) -> tuple[str, ...]:
         number(row["distinct1"]),
         number(row["distinct2"]),
         number(row["passes"], 0),
+        number(row["seconds"]),
     )
 
 
