@@ -1,13 +1,13 @@
-"""Attention recall: which share of attention reaches the evidence when an answer begins.
+"""Where heads look: the share of attention on the evidence when an answer begins, and maps of it.
 
-Any policy can be asked, because attention is linear in the values: with values that are 1 on the
-evidence and 0 elsewhere, what a head mixes for the last token of a prompt is the share of its
-attention that the evidence gets. What a sparse policy keeps of dense attention is another number,
-see :mod:`research.context.qwen25_1m.retention`.
+Any policy can be asked, because attention is linear in the values: with values that are 1 on some
+tokens and 0 elsewhere, what a head mixes for a query is the share of its attention that those
+tokens get. What a sparse policy keeps of dense attention is another number, see
+:mod:`research.context.qwen25_1m.retention`.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,15 +29,13 @@ WITHOUT_EVIDENCE = ("infilling",)
 
 
 @struct.dataclass
-class EvidenceProbe:
-    """A policy that mixes as ``policy`` does, and reports as ``aux`` what the evidence gets.
+class Probe:
+    """A policy that mixes as ``policy`` does, and reports as ``aux`` what marked tokens get.
 
-    Without a cache only. ``aux["evidence"]`` is (b, h) per layer, of the query at ``last``.
+    Without a cache only.
     """
 
     policy: Any
-    evidence: Any  # (b, t), 1 on evidence and 0 elsewhere
-    last: Any  # (b,) int32
 
     def per_layer(self, num_layers: int) -> Any:
         """Those of the policy."""
@@ -64,10 +62,47 @@ class EvidenceProbe:
     ) -> Attended:
         """See :class:`models.attention.AttentionPolicy`."""
         mixed = self.policy.attend(layer, shared, q, k, v, x, step, cache)
-        marks = jnp.broadcast_to(self.evidence[:, :, None, None], v.shape).astype(v.dtype)
-        mass = self.policy.attend(layer, shared, q, k, marks, x, step, None).out[..., 0]
-        chosen = jnp.take_along_axis(mass, self.last[:, None, None], axis=1)[:, 0]
-        return Attended(out=mixed.out, cache=mixed.cache, aux={"evidence": chosen})
+
+        def shares(marks: Float[Array, "b t dv"]) -> Float[Array, "b t h dv"]:
+            """What the tokens of each mark get; as many marks as values are wide."""
+            values = jnp.broadcast_to(marks[:, :, None], v.shape).astype(v.dtype)
+            return self.policy.attend(layer, shared, q, k, values, x, step, None).out
+
+        return Attended(out=mixed.out, cache=mixed.cache, aux=self.report(shares, v.shape[-1]))
+
+    def report(self, shares: Callable[[Array], Array], marks: int) -> dict[str, Array]:
+        """What one layer reports; ``shares`` takes ``marks`` marks at a time."""
+        return {}
+
+
+@struct.dataclass
+class EvidenceProbe(Probe):
+    """``aux["evidence"]`` is (b, h) per layer: what the evidence gets of the query at ``last``."""
+
+    evidence: Any  # (b, t), 1 on evidence and 0 elsewhere
+    last: Any  # (b,) int32
+
+    def report(self, shares: Callable[[Array], Array], marks: int) -> dict[str, Array]:
+        """See :class:`Probe`."""
+        evidence = jnp.broadcast_to(self.evidence[..., None], (*self.evidence.shape, marks))
+        mass = shares(evidence)[..., 0]
+        return {"evidence": jnp.take_along_axis(mass, self.last[:, None, None], axis=1)[:, 0]}
+
+
+@struct.dataclass
+class MapProbe(Probe):
+    """``aux["map"]`` is (b, h, t, blocks) per layer: what each query gives to blocks of keys."""
+
+    blocks: Any  # (b, t) int32, the block that each key belongs to
+    count: int = struct.field(pytree_node=False)
+
+    def report(self, shares: Callable[[Array], Array], marks: int) -> dict[str, Array]:
+        """See :class:`Probe`."""
+        parts = []
+        for first in range(0, self.count, marks):
+            number = first + jnp.arange(marks, dtype=jnp.int32)[None, None]
+            parts.append(shares((self.blocks[..., None] == number).astype(jnp.float32)))
+        return {"map": jnp.swapaxes(jnp.concatenate(parts, -1)[..., : self.count], 1, 2)}
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -80,10 +115,33 @@ def evidence_mass(
     lengths: Int[Array, " b"],
 ) -> Float[Array, "layers b heads"]:
     """Share of each head's attention on the evidence, from the last of ``lengths`` tokens."""
-    row = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    step = Step(jnp.broadcast_to(row, tokens.shape), lengths=lengths, mode="prefill")
     probe = EvidenceProbe(policy, evidence, lengths - 1)
+    step = _prefill(tokens, lengths)
     return decoder.forward(params, cfg, tokens, step=step, policy=probe).aux["evidence"]
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "width"))
+def attention_map(
+    params: decoder.Params,
+    cfg: decoder.Config,
+    policy: Any,
+    tokens: Int[Array, "b t"],
+    width: int,
+) -> Float[Array, "layers b heads t blocks"]:
+    """Share of every query's attention on each block of ``width`` keys; 0 where it is not computed.
+
+    Rows of a map sum to 1. Texts are prompts that are read at once.
+    """
+    rows, length = tokens.shape
+    blocks = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None] // width, tokens.shape)
+    probe = MapProbe(policy, blocks, -(-length // width))
+    step = _prefill(tokens, jnp.full((rows,), length, jnp.int32))
+    return decoder.forward(params, cfg, tokens, step=step, policy=probe).aux["map"]
+
+
+def _prefill(tokens: Int[Array, "b t"], lengths: Int[Array, " b"]) -> Step:
+    row = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    return Step(jnp.broadcast_to(row, tokens.shape), lengths=lengths, mode="prefill")
 
 
 def evidence_span(example: Example, ids: Sequence[int], tokenizer: Tokenizer) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import pytest
 
 from experiments.long_context_attention import (
     EvidenceProbe,
+    attention_map,
     evidence_mass,
     evidence_span,
     measure_set,
@@ -100,6 +101,27 @@ def test_the_evidence_is_the_text_up_to_its_answer(model: Model, task: str):
         assert example.answers[0] in shown
         assert example.answers[0] not in model.tokenizer.decode(ids[start : end - 1])
         assert len(shown) < len(example.answers[0]) + 60
+
+
+@pytest.mark.parametrize(
+    "policy", ["dense", "window:16", "dual_chunk:24:8", "vertical_slash:24:8:3:5:16"]
+)
+def test_a_map_shows_every_block_of_keys(model: Model, policy: str):
+    """14 blocks, the last of one key, for values 8 wide: each as evidence gets the same."""
+    evidence = marked()
+    tokens = np.random.default_rng(0).integers(3, model.cfg.vocab_size, evidence.shape)
+    tokens, made = jnp.asarray(tokens, jnp.int32), make_policy(policy, model.cfg)
+    found = np.asarray(attention_map(model.params, model.cfg, made, tokens, 3))
+    assert model.cfg.head_dim == 8 and found.shape[:2] == (model.cfg.num_layers, 2)
+    assert found.shape[2:] == (model.cfg.num_heads, LENGTH, 14)
+    np.testing.assert_allclose(found.sum(-1), 1, atol=1e-5)
+    for block in (0, 7, 8, 13):
+        one = probed(model, policy, marked(*range(3 * block, min(3 * block + 3, LENGTH))))
+        np.testing.assert_allclose(found[..., -1, block], one, atol=1e-6)
+    query, block = np.arange(LENGTH)[:, None], 3 * np.arange(14)[None]
+    assert (found[..., block > query] == 0).all()
+    if policy == "window:16":
+        assert (found[..., block + 2 <= query - 16] == 0).all()
 
 
 def test_evidence_without_a_place_is_refused(model: Model):
