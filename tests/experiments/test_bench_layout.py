@@ -1,7 +1,6 @@
 """The comparison of matrix layouts measures both of them at every width."""
 
-from experiments.bench_layout import measure
-from inference.tuning import WIDTHS
+from experiments.bench_layout import WIDTHS, measure
 from models.load import Model
 from ops.weights import WeightLeaf
 from tests.inference.models import VOCAB, config, letters, weights

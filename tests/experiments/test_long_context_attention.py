@@ -104,7 +104,13 @@ def test_the_evidence_is_the_text_up_to_its_answer(model: Model, task: str):
 
 
 @pytest.mark.parametrize(
-    "policy", ["dense", "window:16", "dual_chunk:24:8", "vertical_slash:24:8:3:5:16"]
+    "policy",
+    [
+        "dense",
+        "window:16",
+        "dual_chunk:24:8",
+        pytest.param("vertical_slash:24:8:3:5:16", marks=pytest.mark.slow),
+    ],
 )
 def test_a_map_shows_every_block_of_keys(model: Model, policy: str):
     """14 blocks, the last of one key, for values 8 wide: each as evidence gets the same."""
