@@ -72,7 +72,7 @@ class Probe:
 
     def report(self, shares: Callable[[Array], Array], marks: int) -> dict[str, Array]:
         """What one layer reports; ``shares`` takes ``marks`` marks at a time."""
-        return {}
+        raise TypeError(f"{type(self).__name__} must define report().")
 
 
 @struct.dataclass

@@ -19,7 +19,7 @@ from models.context_attention import context_attention
 from models.sharding import dividing, mesh_in_force
 from ops.attention import AttentionMask, BlockSizes, attention
 from ops.dual_chunk import dual_chunk_attention, kernel_serves
-from ops.platform import target_platform
+from ops.platform import implementation_of
 
 
 def mesh_attention(
@@ -37,8 +37,7 @@ def mesh_attention(
     Raises:
         ValueError: see :func:`ops.attention.attention`.
     """
-    if implementation == "auto":
-        implementation = "tpu" if target_platform() == "tpu" else "xla"
+    implementation = implementation_of(implementation)
 
     def call(q: Array, k: Array, v: Array, mask: AttentionMask) -> tuple[Array, Array]:
         return attention(
@@ -94,7 +93,7 @@ def over_mesh(
     v: Float[Array, "b s g dv"],
     mask: Any,
     implementation: str,
-    by_head: Any = None,
+    by_head: tuple[Array, ...] = (),
 ) -> tuple[Float[Array, "b t h dv"], Float[Array, "b t h"]]:
     """``call(q, k, v, mask) -> (out, lse)``, on each device's part where XLA could not divide it.
 
@@ -106,23 +105,21 @@ def over_mesh(
         mask: of :func:`ops.attention.attention`; with ``by_head`` any arrays with a row's first
             axis, or with an axis of 1 or none for all rows alike.
         implementation: what ``call`` runs, by its name in :mod:`ops`.
-        by_head: arrays (h, ...), which ``call`` then takes as a fifth argument. Only where slots
-            are whole.
+        by_head: arrays (h, ...), which ``call`` takes after the mask. Only where slots are whole.
 
     Raises:
         ValueError: ``by_head`` where slots are split.
     """
     mesh, slots = mesh_in_force(), _slots_axis(k)
-    more = () if by_head is None else (by_head,)
     if mesh is None or (implementation not in ("tpu", "interpret") and slots is None):
-        return call(q, k, v, mask, *more)
+        return call(q, k, v, mask, *by_head)
     rows = dividing(mesh, "batch", q.shape[0])
     heads = dividing(mesh, "heads", math.gcd(q.shape[2], k.shape[2]))
     # The interpreter's loops do not type what varies between devices, nor do those over a plan.
-    checked = implementation != "interpret" and not more
+    checked = implementation != "interpret" and not by_head
     over = functools.partial(jax.shard_map, mesh=mesh, check_vma=checked)
     if slots is not None:
-        if more:
+        if by_head:
             raise ValueError(
                 "attention with values by head reads all of a row's slots, and the mesh splits "
                 "them over 'context': use a mesh with context=1."
@@ -138,10 +135,10 @@ def over_mesh(
         call,
         in_specs=(
             *(placed, placed, placed, jax.tree.map(of_mask, mask)),
-            *(jax.tree.map(lambda _: PartitionSpec(heads), each) for each in more),
+            *[PartitionSpec(heads)] * len(by_head),
         ),
         out_specs=(placed, placed),
-    )(q, k, v, mask, *more)
+    )(q, k, v, mask, *by_head)
 
 
 def _slots_axis(k: Float[Array, "b s g d"]) -> str | None:

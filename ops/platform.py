@@ -34,6 +34,13 @@ def target_platform() -> str:
     return _override.value or _default_platform()
 
 
+def implementation_of(name: str) -> str:
+    """What "auto" stands for, "tpu" (a kernel) on a TPU and else "xla"; any other name as it is."""
+    if name != "auto":
+        return name
+    return "tpu" if target_platform() == "tpu" else "xla"
+
+
 @contextmanager
 def target(platform: str) -> Iterator[None]:
     """Builds everything traced inside the block for `platform`, whatever device is attached.

@@ -18,7 +18,7 @@ from inference.policies.dual_chunk import DualChunkPolicy, Rotations, text_lengt
 from models.attention import Attended, Step
 from models.mesh_attention import over_mesh
 from ops.block_sparse import block_sparse_attention
-from ops.platform import target_platform
+from ops.platform import implementation_of
 from ops.vertical_slash import raised, vertical_slash_plan
 
 THRESHOLD = 32768
@@ -118,11 +118,9 @@ class VerticalSlashPolicy:
         Rows that are not to be sparse get a plan of everything, which is dense attention by other
         means. Nothing of it crosses rows or heads, so a mesh may split both.
         """
-        stride, implementation = self.dense.stride, self.implementation
-        if implementation == "auto":
-            implementation = "tpu" if target_platform() == "tpu" else "xla"
+        stride, implementation = self.dense.stride, implementation_of(self.implementation)
 
-        def attend_all(q, k, v, by_row, budgets):
+        def attend_all(q, k, v, by_row, *budgets):
             shared, step, sparse = by_row
 
             def attend(queries, critical, first, counts):

@@ -14,7 +14,7 @@ from ops.attention.reference import reference_attention
 from ops.attention.tpu_decode import decode_attention
 from ops.attention.tpu_prefill import prefill_attention
 from ops.attention.xla import xla_attention
-from ops.platform import target_platform
+from ops.platform import implementation_of
 
 DECODE_ROWS = 256
 """Up to this many query rows per key head (h / g * t) the decode kernel serves a TPU call."""
@@ -109,8 +109,7 @@ def attention(
             "without them query i is taken to stand at slot i"
         )
     scaled_by = q.shape[3] ** -0.5 if scale is None else scale
-    if implementation == "auto":
-        implementation = "tpu" if target_platform() == "tpu" else "xla"
+    implementation = implementation_of(implementation)
     if implementation == "reference":
         out, lse = reference_attention(q, k, v, mask, scaled_by, hooks)
     elif implementation == "xla":

@@ -6,7 +6,7 @@ from ops.block_sparse.plan import SparsePlan
 from ops.block_sparse.reference import reference_attention
 from ops.block_sparse.tpu import attend_plan
 from ops.block_sparse.xla import sparse_attention
-from ops.platform import target_platform
+from ops.platform import implementation_of
 
 
 def block_sparse_attention(
@@ -52,8 +52,7 @@ def block_sparse_attention(
         )
     plan.validate(*q.shape[1:4])
     scaled_by = q.shape[-1] ** -0.5 if scale is None else scale
-    if implementation == "auto":
-        implementation = "tpu" if target_platform() == "tpu" else "xla"
+    implementation = implementation_of(implementation)
     if implementation in ("tpu", "interpret"):
         interpret = implementation == "interpret"
         return attend_plan(q, k, v, q_positions, plan, stride, scaled_by, interpret=interpret)
