@@ -8,7 +8,8 @@ baselines that any method has to beat. ``POLICY@MODEL`` is a policy on another m
 tokenizer, such as one that was fine-tuned for it. Loss is measured on windows of real text; beside
 it stands the loss of ``--model`` on the very same tokens within the trained length. Tasks are
 generated within ``--lengths`` tokens, output included, and the same examples go to all policies.
-With ``--keep=FILE`` a run that was interrupted goes on, and policies or tasks may be added to it.
+With ``--keep=FILE`` a run that was interrupted goes on, and policies or tasks may be added to it;
+with ``--extend`` policies are added to a result that was saved.
 What is short-context regression and what long-context gain stands in one row per policy.
 """
 
@@ -229,11 +230,14 @@ def open_journal(settings: Settings, path: str) -> Journal:
     return Journal(path or None, about)
 
 
-def run(settings: Settings, keep: str = "") -> list[dict[str, Any]]:
+def run(
+    settings: Settings, keep: str = "", before: Sequence[dict[str, Any]] = ()
+) -> list[dict[str, Any]]:
     """Everything, cheapest failures first.
 
     Args:
         keep: a file of finished measurements, with which an interrupted run goes on.
+        before: rows with the same settings, which come first; their policies are not run again.
 
     Raises:
         ValueError: an unknown policy or task, lengths that a task or the text cannot have, or none
@@ -246,7 +250,10 @@ def run(settings: Settings, keep: str = "") -> list[dict[str, Any]]:
     if not settings.windows and not settings.tasks:
         raise ValueError("neither windows of text nor tasks are asked for: give one of them.")
     check_batches(settings.windows, min(settings.windows, settings.batch) or 1)
-    names = all_policies(settings, trained)
+    known = {row["policy"] for row in before}
+    names = [name for name in all_policies(settings, trained) if name not in known]
+    if not names:
+        raise ValueError("every policy has its rows already: there is nothing to add.")
     policies = load_policies(names, model, max(settings.lengths))
     text = read_text(settings.text)
     encoder = PromptEncoder(model.tokenizer, settings.chat)
@@ -267,6 +274,7 @@ def run(settings: Settings, keep: str = "") -> list[dict[str, Any]]:
     rows += measure_tasks(settings, policies, encoder, sets, trained, kept)
     if settings.attention:
         rows += measure_attention(settings, policies, encoder, sets, kept)
+    rows = [*before, *rows]
     for name in names:
         summary = summarise(
             rows, name, trained, settings.loss_threshold, settings.accuracy_threshold
@@ -279,15 +287,27 @@ def main(_: Sequence[str]) -> None:
     """Run with the flags' settings, print and save."""
     logging.set_verbosity(logging.WARNING)
     settings = from_flags(Settings)
+    name = record.name_of("long_context", settings.model, flags.FLAGS.label)
+    folder = pathlib.Path(flags.FLAGS.out) if flags.FLAGS.out else None
+    before: list[dict[str, Any]] = []
+    earlier = None
     try:
+        if flags.FLAGS.extend:
+            earlier = record.load(name, folder)
+            record.check_extends(earlier, settings, ("policies",))
+            before = earlier["rows"]
         lengths = tuple(sorted({int(n) for n in settings.lengths}))
-        rows = run(dataclasses.replace(settings, lengths=lengths), flags.FLAGS.keep)
+        rows = run(dataclasses.replace(settings, lengths=lengths), flags.FLAGS.keep, before)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     print(show(rows))
-    name = record.name_of("long_context", settings.model, flags.FLAGS.label)
-    folder = pathlib.Path(flags.FLAGS.out) if flags.FLAGS.out else None
-    print("saved", record.save(name, rows, config=settings, seeds=settings.seeds, folder=folder))
+    if earlier is not None:
+        policies = dict.fromkeys((*earlier["config"]["policies"], *settings.policies))
+        settings = dataclasses.replace(settings, policies=tuple(policies))
+    path = record.save(
+        name, rows, config=settings, seeds=settings.seeds, earlier=earlier, folder=folder
+    )
+    print("saved", path)
 
 
 def define_flags() -> None:
@@ -311,6 +331,7 @@ def define_flags() -> None:
     flags.DEFINE_float("accuracy_threshold", 0.8, "Share of the accuracy in range that counts.")
     flags.DEFINE_bool("attention", False, "Attention on the evidence of the tasks, too.")
     flags.DEFINE_string("keep", "", "File of finished measurements: an interrupted run goes on.")
+    flags.DEFINE_bool("extend", False, "Add --policies to the result that is there.")
     flags.DEFINE_string("label", "", "Ending of the result's name.")
     flags.DEFINE_string("out", "", "Folder of the result; default: the committed ones.")
 

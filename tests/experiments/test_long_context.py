@@ -319,6 +319,26 @@ def test_without_windows_no_loss_is_measured(folder: pathlib.Path, monkeypatch):
     assert {row["kind"] for row in run(asked)} == {"task", "summary"}
 
 
+def test_policies_are_added_to_a_result(folder: pathlib.Path, monkeypatch):
+    asked_of = []
+
+    def answered(model, policy, *args):
+        asked_of.append(policy)
+        return lambda examples, task: [read(e) for e in examples]
+
+    monkeypatch.setattr(long_context, "engine_answers", answered)
+    asked = settings(folder, windows=0, lengths=(128,), trained=128)
+    both = run(asked)
+    before = run(dataclasses.replace(asked, policies=()))
+    asked_of.clear()
+    assert run(asked, before=before)[: len(before)] == before
+    assert len(asked_of) == 1  # what is there is not measured again
+    by_name = lambda rows: sorted(map(str, rows))
+    assert by_name(run(asked, before=before)) == by_name(both)
+    with pytest.raises(ValueError, match="nothing to add"):
+        run(asked, before=both)
+
+
 def test_models_with_other_tokenizers_do_not_compare(model: Model):
     with pytest.raises(ValueError, match="another tokenizer than --model"):
         load_policies(("dense@python-1m",), model, 64)

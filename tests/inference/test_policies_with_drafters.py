@@ -27,15 +27,16 @@ from research.context.giraffe.bases import Basis
 pytestmark = pytest.mark.slow
 
 TARGET, TRAINED, NEW = "python-5m", 512, 24
-SHIPPED = {
+DRAFTERS_WRITTEN = {
+    "swift:STEPS": "swift:3",
     "draft:DIR": "draft:python-1m",
     "medusa:DIR": "medusa:python-5m-medusa",
     "eagle:DIR": "eagle:python-5m-eagle",
     "eagle2:DIR": "eagle2:python-5m-eagle",
     "clover:DIR": "clover:python-5m-clover",
 }
-"""What ships for the model; the other drafters have no weights, or get random ones."""
-WRITTEN = {
+"""Drafters with their numbers or what ships; others are plain, or get random weights."""
+POLICIES_WRITTEN = {
     "window:SIZE": "window:100",
     "linear:FACTOR": "linear:2",
     "ntk:FACTOR": "ntk:2",
@@ -81,7 +82,7 @@ def drafter_name(form: str, folder: pathlib.Path) -> str:
         made = random_weights(acceptance_head.specs(head, draft))
         save_drafter(out, "specdec", head, made, draft)
         return f"specdec:python-1m:{out}"
-    return SHIPPED.get(form, form)
+    return DRAFTERS_WRITTEN.get(form, form)
 
 
 def policy_name(form: str, folder: pathlib.Path) -> str:
@@ -95,7 +96,7 @@ def policy_name(form: str, folder: pathlib.Path) -> str:
     elif form == "giraffe:DIR":
         facts = {"basis": dataclasses.asdict(Basis(scale=2.0, xpos=True)), "scale_base": 512}
         write_positions(folder, "giraffe", facts | {"length": TRAINED})
-    return WRITTEN.get(form, form.replace("DIR", str(folder)))
+    return POLICIES_WRITTEN.get(form, form.replace("DIR", str(folder)))
 
 
 def decode(drafter: Any, weights: Any, policy: str) -> Generation:
