@@ -5,8 +5,9 @@ compare is the experiments' part.
 """
 
 import dataclasses
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -47,20 +48,18 @@ class Exactness:
         return self.differing - self.near_ties
 
 
-def _scores(model: Model, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """Logits at every position of each text, by one pass over it."""
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def _logits(params: Any, cfg: decoder.Config, tokens: Any) -> Any:
+    return decoder.unembed(params, cfg, decoder.forward(params, cfg, tokens).hidden)
 
-    @jax.jit
-    def run(params: Any, tokens: Any) -> Any:
-        return decoder.unembed(params, model.cfg, decoder.forward(params, model.cfg, tokens).hidden)
 
+def _scores(model: Model, texts: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+    """Logits at every position of one text after the other, by one pass over each."""
     length = bucket(max(len(t) for t in texts), 16)
-    out = []
     for text in texts:
         tokens = np.zeros((1, length), np.int32)
         tokens[0, : len(text)] = text
-        out.append(np.asarray(run(model.params, jnp.asarray(tokens)))[0, : len(text)])
-    return out
+        yield np.asarray(_logits(model.params, model.cfg, jnp.asarray(tokens)))[0, : len(text)]
 
 
 def width_error(model: Model, texts: Sequence[Sequence[int]]) -> float:
@@ -68,7 +67,7 @@ def width_error(model: Model, texts: Sequence[Sequence[int]]) -> float:
     error = 0.0
     for text in texts:
         half = len(text) // 2
-        whole, part = _scores(model, [text])[0], _scores(model, [text[:half]])[0]
+        whole, part = next(_scores(model, [text])), next(_scores(model, [text[:half]]))
         error = max(error, float(np.abs(whole[:half] - part).max()))
     return error
 
@@ -157,7 +156,7 @@ def generate(
     )
 
 
-def timed(
+def prefilled(
     engine: Engine,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
@@ -165,8 +164,8 @@ def timed(
     eos: Sequence[int],
     capacity: int | None = None,
     memory: Any = None,
-) -> tuple[float, State]:
-    """Seconds of decoding a batch, prefill not counted, and the loop's last state.
+) -> Callable[[], tuple[float, State]]:
+    """Read the prompts; each call then decodes from there: its seconds, and the loop's last state.
 
     Batches with the same ``capacity`` (slots per row) share their programs. ``memory`` is what a
     drafter remembers of earlier ones, if it shares its state.
@@ -174,10 +173,26 @@ def timed(
     state, seeds = engine.start(
         prompts, new_tokens, sampling, drafter_state=memory, capacity=capacity
     )
-    jax.block_until_ready(state)
-    start = time.perf_counter()
-    state = jax.block_until_ready(engine.run(state, seeds, sampling, eos))
-    return time.perf_counter() - start, state
+
+    def decode() -> tuple[float, State]:
+        # A copy, because the loop donates its state.
+        own = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+        start = time.perf_counter()
+        last = jax.block_until_ready(engine.run(own, seeds, sampling, eos))
+        return time.perf_counter() - start, last
+
+    return decode
+
+
+def timed(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    sampling: SamplingParams,
+    eos: Sequence[int],
+) -> tuple[float, State]:
+    """Seconds of decoding a batch, prefill not counted, and the loop's last state."""
+    return prefilled(engine, prompts, new_tokens, sampling, eos)()
 
 
 def speed(

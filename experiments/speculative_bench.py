@@ -15,6 +15,7 @@ extra ``[bench]``).
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ from experiments.statements import Statement, value
 from inference.drafter import NoDrafter, shares_state
 from inference.drafters.lookup import LookupDrafter
 from inference.drafters.registry import make_drafter
-from inference.engine import Engine, bucket, make_engine
+from inference.engine import Engine, bucket, generated, make_engine
 from inference.tuning import WIDTHS, pass_seconds, tuned
 from models.layout import by_rows, for_decoding
 from models.load import Model, load
@@ -91,14 +92,19 @@ def make_sides(
     """Every drafter by name, with its params; plain decoding first.
 
     ``seconds`` of passes are those of ``batch`` rows, for which drafters are tuned.
+
+    Raises:
+        ValueError: an unknown drafter, or ``found:`` before one that does not search.
     """
     sides: dict[str, tuple[Any, Any]] = {"none": (NoDrafter(), None)}
     tuning = any(name.startswith("tuned:") for name in settings.drafters)
     prompts = other_prompts(settings, model) if tuning else []
     for name in settings.drafters:
         kind, _, wanted = name.partition(":")
-        drafter, params = make_drafter(wanted if kind == "tuned" else name, model)
+        drafter, params = make_drafter(wanted if kind in ("tuned", "found") else name, model)
         params = by_rows(params)
+        if kind == "found" and not hasattr(drafter, "search"):
+            raise ValueError(f"{name!r}: {wanted} does not search. Write {wanted!r}.")
         if kind == "tuned":
             print(f"choosing a size for {wanted}", flush=True)
             drafter = tuned(model, drafter, params, prompts, seconds, batch=batch)
@@ -123,11 +129,21 @@ def experience(
     memories: dict[str, Any] = {}
     for name, engine in remembering.items():
         for prompt in prompts:
-            _, state = measure.timed(
+            _, state = measure.prefilled(
                 engine, [prompt], settings.new_tokens, greedy, eos, capacity, memories.get(name)
-            )
+            )()
             memories[name] = state.drafter
     return memories
+
+
+def after_search(engines: dict[str, Engine]) -> dict[str, Engine]:
+    """The engines; those of ``found:NAME`` draft with what was found and look no further."""
+
+    def ended(engine: Engine) -> Engine:
+        drafter: Any = engine.drafter
+        return dataclasses.replace(engine, drafter=dataclasses.replace(drafter, search=False))
+
+    return {n: ended(e) if n.startswith("found:") else e for n, e in engines.items()}
 
 
 def slots(settings: Settings, engines: dict[str, Engine]) -> int:
@@ -144,53 +160,57 @@ def decode_category(
     temperature: float,
     peers: Peers | None,
     memories: dict[str, Any],
-) -> dict[str, dict[str, Any]]:
-    """Tokens per second of every side at batch 1, in turn, and the counters of ours.
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[list[int]]]]:
+    """Tokens per second of every side at batch 1, in turn, the counters of ours, and their texts.
 
-    Every repeat begins with ``memories``; what a prompt teaches is there for the next one.
+    What a prompt teaches is there for the next one, but not for its own repeats.
     """
     sampling, eos = SamplingParams.make(temperature), model.tokenizer.end_ids
     names = [*engines, *(peers.sides if peers is not None and temperature == 0 else ())]
-    capacity = slots(settings, engines)
-    rates: dict[str, list[float]] = {name: [] for name in names}
-    rows: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for repeat in range(settings.repeats + 1):  # the first time is the compiler's
-        for name in names if repeat % 2 else reversed(names):
-            seconds, tokens, states, memory = 0.0, 0, [], memories.get(name)
-            for prompt in prompts:
-                if name in engines:
-                    taken, state = measure.timed(
-                        engines[name],
-                        [prompt],
-                        settings.new_tokens,
-                        sampling,
-                        eos,
-                        capacity,
-                        memory,
-                    )
-                    memory = state.drafter if name in memories else None
-                    states.append(state)
-                    made = int(state.stats.emitted[0])
+    capacity, memory = slots(settings, engines), dict(memories)
+    seconds = {name: np.zeros(settings.repeats) for name in names}
+    emitted = dict.fromkeys(names, 0)
+    states: dict[str, list[Any]] = {name: [] for name in engines}
+    texts: dict[str, list[list[int]]] = {name: [] for name in engines}
+    for prompt in prompts:
+        ways: dict[str, Callable[[], tuple[float, Any]]] = {
+            name: measure.prefilled(
+                engine, [prompt], settings.new_tokens, sampling, eos, capacity, memory.get(name)
+            )
+            for name, engine in engines.items()
+        }
+        for name in names[len(engines) :]:
+            assert peers is not None
+            ways[name] = functools.partial(peers.decode, name, prompt, settings.new_tokens)
+        for repeat in range(settings.repeats + 1):  # the first time is the compiler's
+            for name in names if repeat % 2 else reversed(names):
+                taken, made = ways[name]()
+                if repeat:
+                    seconds[name][repeat - 1] += taken
+                elif name in engines:
+                    emitted[name] += int(made.stats.emitted[0])
+                    states[name].append((made.stats, state_bytes(made)))
+                    texts[name].append(generated(made, [prompt])[0])
+                    if name in memory:
+                        memory[name] = made.drafter
                 else:
-                    assert peers is not None
-                    taken, made = peers.decode(name, prompt, settings.new_tokens)
-                seconds, tokens = seconds + taken, tokens + made
-            rates[name] += [tokens / seconds] if repeat else []
-            if states and not repeat:
-                rows[name] = counters(states, model.cfg.num_layers) | {
-                    "state_bytes": state_bytes(states[0])
-                }
+                    emitted[name] += made
+    rows: dict[str, dict[str, Any]] = {}
+    rates = {name: emitted[name] / seconds[name] for name in names}
     for name in names:
-        rows[name]["tokens_per_second"] = record.sample(rates[name])
-        rows[name]["speedup"] = record.sample(
-            [a / b for a, b in zip(rates[name], rates["none"], strict=True)]
-        )
-    return rows
+        rows[name] = {
+            "tokens_per_second": record.sample(rates[name].tolist()),
+            "speedup": record.sample((rates[name] / rates["none"]).tolist()),
+        }
+        if name in engines:
+            stats, sizes = zip(*states[name], strict=True)
+            rows[name] |= counters(stats, model.cfg.num_layers) | {"state_bytes": sizes[0]}
+    return rows, texts
 
 
-def counters(states: Sequence[Any], layers: int) -> dict[str, Any]:
+def counters(stats: Sequence[Any], layers: int) -> dict[str, Any]:
     """Tokens per pass, passes over all layers per token, acceptance by position, over prompts."""
-    stats = [jax.tree.map(np.asarray, state.stats) for state in states]
+    stats = [jax.tree.map(np.asarray, one) for one in stats]
     rounds, emitted = (sum(int(getattr(s, n)[0]) for s in stats) for n in ("rounds", "emitted"))
     return {
         "tokens_per_pass": emitted / rounds,
@@ -213,10 +233,12 @@ def make_engines(model: Model, sides: dict[str, tuple[Any, Any]]) -> dict[str, E
     }
 
 
-def batched(settings: Settings, model: Model, prompts: Sequence[Any]) -> list[dict[str, Any]]:
+def batched(
+    settings: Settings, model: Model, prompts: Sequence[Any], memories: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Rows of greedy tokens per second against the batch, prefill not counted.
 
-    Drafters are tuned for each batch.
+    Drafters are tuned for each batch, and begin with ``memories``.
     """
     greedy, eos = SamplingParams.make(), model.tokenizer.end_ids
     rows = []
@@ -224,12 +246,18 @@ def batched(settings: Settings, model: Model, prompts: Sequence[Any]) -> list[di
         given = [prompts[i % len(prompts)] for i in range(batch)]
         seconds = pass_seconds(model, batch=batch)
         sides = make_sides(settings, model, seconds, batch)
-        engines = make_engines(model, sides)
+        engines = after_search(make_engines(model, sides))
+        ways = {
+            name: measure.prefilled(
+                engine, given, settings.new_tokens, greedy, eos, memory=memories.get(name)
+            )
+            for name, engine in engines.items()
+        }
         rates: dict[str, list[float]] = {name: [] for name in engines}
         for repeat in range(settings.repeats + 1):
-            for name, engine in engines.items():
-                seconds, state = measure.timed(engine, given, settings.new_tokens, greedy, eos)
-                rates[name] += [int(np.sum(state.stats.emitted)) / seconds] if repeat else []
+            for name in engines if repeat % 2 else reversed(engines):
+                taken, state = ways[name]()
+                rates[name] += [int(np.sum(state.stats.emitted)) / taken] if repeat else []
         rows += [
             {
                 "kind": "batch", "drafter": name, "batch": batch,
@@ -247,9 +275,11 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     """Rows of costs, of every side, category and temperature, of batches, and a mean per side.
 
     Raises:
-        ValueError, FileNotFoundError: an unknown drafter or model, too few prompts, or
-            ``transformers`` asked for and not installed.
+        ValueError, FileNotFoundError: an unknown drafter or model, too few prompts, no greedy
+            decoding, or ``transformers`` asked for and not installed.
     """
+    if 0 not in map(float, settings.temperatures):
+        raise ValueError("--temperatures: summaries are of greedy decoding, add 0.")
     model = load(settings.model)
     prompts = categories(settings, model, "test")
     peers = Peers(model, settings.assistant) if settings.peers else None
@@ -264,31 +294,50 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     sides = make_sides(settings, model, seconds)
     engines = make_engines(model, sides)
     memories = experience(settings, model, engines, slots(settings, engines))
+    engines = after_search(engines)
+    greedy: dict[str, list[list[int]]] = {name: [] for name in engines}
     for category, given in prompts.items():
         for temperature in map(float, settings.temperatures):
             print(f"{category}, temperature {temperature:g}", flush=True)
             load_before = os.getloadavg()
-            found = decode_category(settings, model, engines, given, temperature, peers, memories)
+            found, texts = decode_category(
+                settings, model, engines, given, temperature, peers, memories
+            )
+            if temperature == 0:
+                greedy = {name: [*greedy[name], *texts[name]] for name in engines}
             for name, row in found.items():
                 rows.append(
                     {"kind": "side", "drafter": name, "category": category,
                      "temperature": temperature, "load_average": list(load_before)} | row
                 )  # fmt: skip
                 print(f"  {name:24} {row['tokens_per_second']['mean']:7.1f} tokens/s", flush=True)
-    rows += batched(settings, model, next(iter(prompts.values())))
-    return [*rows, *summaries(settings, model, sides, prompts, rows)]
+    rows += batched(settings, model, next(iter(prompts.values())), memories)
+    print("checking the texts", flush=True)
+    given = [prompt for each in prompts.values() for prompt in each]
+    return [*rows, *summaries(model, sides, given, greedy, rows)]
 
 
 def summaries(
-    settings: Settings, model: Model, sides: Any, prompts: Any, rows: Sequence[dict[str, Any]]
+    model: Model,
+    sides: dict[str, tuple[Any, Any]],
+    given: Sequence[Sequence[int]],
+    texts: dict[str, list[list[int]]],
+    rows: Sequence[dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """A row per side of ours: exactness, cost of a draft, memory, speedups modelled and mean."""
-    given = [prompt for each in prompts.values() for prompt in each]
+    """A row per side of ours: exactness, cost of a draft, memory, speedups modelled and mean.
+
+    Args:
+        texts: what each side generated after each of the prompts ``given``, greedily.
+        rows: those of every side, category and temperature.
+    """
     out = []
+    checked: dict[str, measure.Exactness] = {}  # most sides write the same
     overhead = next(row for row in rows if row["kind"] == "overhead")
     for name, (drafter, params) in sides.items():
-        made = measure.generate(model, drafter, params, given, settings.new_tokens, 0.0, 0)
-        exact = measure.exactness(model, given, made.tokens, [None] * len(given))
+        written = str(texts[name])
+        if written not in checked:
+            unknown = [None] * len(given)
+            checked[written] = measure.exactness(model, given, texts[name], unknown)
         mine = [r for r in rows if r["kind"] == "side" and r["drafter"] == name]
         greedy = {r["category"]: r for r in mine if r["temperature"] == 0}
         cost = own_layers(list(greedy.values()))
@@ -309,7 +358,7 @@ def summaries(
                 "draft_cost": cost,
                 "param_bytes": sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params)),
                 "state_bytes": max(r["state_bytes"] for r in mine),
-                "exactness": dataclasses.asdict(exact),
+                "exactness": dataclasses.asdict(checked[written]),
                 "modelled": {f"{c:g}": per_pass / (c + cost) for c in RATIOS},
                 "overhead": float(np.median(overhead["share"]["samples"])),
                 "mean_of": averaged,

@@ -142,10 +142,10 @@ class Engine:
             sampling,
             eos,
             rounds_per_call,
-            lambda s: on_progress(_new_tokens(s, prompts)) if on_progress else None,
+            lambda s: on_progress(generated(s, prompts)) if on_progress else None,
         )
         return Generation(
-            _new_tokens(state, prompts),
+            generated(state, prompts),
             jax.tree.map(np.asarray, state.stats),
             state.drafter if shares_state(self.drafter) else None,
         )
@@ -391,7 +391,8 @@ def _concatenate(parts: list[TargetOutputs]) -> TargetOutputs:
     )
 
 
-def _new_tokens(state: State, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+def generated(state: State, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The tokens that each row of the loop's state has after its prompt."""
     tokens, length = np.asarray(state.tokens), np.asarray(state.length)
     return [tokens[i, len(p) : length[i]].tolist() for i, p in enumerate(prompts)]
 
@@ -403,5 +404,6 @@ __all__ = [
     "bucket",
     "check_capacity",
     "check_context",
+    "generated",
     "make_engine",
 ]

@@ -25,6 +25,9 @@ NAMES = {
     "medusa": "Medusa",
     "eagle": "EAGLE",
     "eagle2": "EAGLE-2",
+    "longspec": "LongSpec",
+    "longspec-chain": "LongSpec, chain",
+    "specdec": "SpecDec++",
     "swift": "SWIFT",
     "del": "DEL",
 }
@@ -38,6 +41,8 @@ def label(name: str) -> str:
     kind, _, wanted = name.partition(":")
     if kind == "tuned" and wanted:
         return f"**{label(wanted)}, size by cost**"
+    if kind == "found" and wanted:
+        return f"{label(wanted)}, search ended"
     if kind == "swift" and wanted:
         return f"{NAMES[kind]}, chain of {wanted}"
     return NAMES.get(kind, name)

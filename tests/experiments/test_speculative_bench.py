@@ -11,8 +11,10 @@ from experiments import measure, statements
 from experiments import speculative_bench as bench
 from experiments.bare_loop import loop_overhead
 from inference.drafter import NoDrafter
+from inference.engine import generated
 from inference.loop import init_stats
 from models.load import Model
+from ops.sampling import SamplingParams
 from research.speculative.token_recycling.drafter import TokenRecycling
 
 
@@ -86,30 +88,85 @@ def test_layers_that_draft_are_what_the_rounds_ran_beyond_their_passes():
     assert bench.own_layers([{"tokens_per_pass": 3.0, "layer_passes": 1 / 3}]) == 0
 
 
+def counted(emitted: int) -> Any:
+    """Counters of one row after one round."""
+    stats = init_stats(1, 0, 1)
+    return dataclasses.replace(stats, emitted=stats.emitted + emitted, rounds=stats.rounds + 1)
+
+
 def test_what_prompts_teach_is_there_for_the_next_ones(
     folder: pathlib.Path, model: Model, monkeypatch: pytest.MonkeyPatch
 ):
-    asked: list[tuple[int, Any]] = []
+    read: list[tuple[int, Any]] = []
+    decoded: list[tuple[int, Any]] = []
 
     def spy(engine, prompts, new, sampling, eos, capacity, memory=None):
-        asked.append((prompts[0][0], memory))
-        stats = init_stats(1, 0, 1)
-        stats = dataclasses.replace(stats, emitted=stats.emitted + 1, rounds=stats.rounds + 1)
-        return 1.0, types.SimpleNamespace(stats=stats, drafter=f"after {prompts[0][0]}")
+        key = prompts[0][0], memory
+        read.append(key)
 
-    monkeypatch.setattr(measure, "timed", spy)
+        def decode():
+            decoded.append(key)
+            state = {"stats": counted(1), "drafter": f"after {key[0]}"}
+            return 1.0, types.SimpleNamespace(**state)
+
+        return decode
+
+    monkeypatch.setattr(measure, "prefilled", spy)
     monkeypatch.setattr(bench, "state_bytes", lambda state: 0)
+    monkeypatch.setattr(bench, "generated", lambda state, prompts: [[5]])
     monkeypatch.setattr(bench, "other_prompts", lambda settings, model: [[7], [8]])
     sides = {"none": (NoDrafter(), None), "recycling": (TokenRecycling(), None)}
     engines = bench.make_engines(model, sides)
     given = settings(folder)
     memories = bench.experience(given, model, engines, 128)
-    assert asked == [(7, None), (8, "after 7")] and memories == {"recycling": "after 8"}
-    asked.clear()
-    bench.decode_category(given, model, engines, [[1], [2]], 0.0, None, memories)
+    assert read == decoded == [(7, None), (8, "after 7")]
+    assert memories == {"recycling": "after 8"}
+    read.clear()
+    decoded.clear()
+    rows, texts = bench.decode_category(given, model, engines, [[1], [2]], 0.0, None, memories)
+    first, second = [(1, None), (1, "after 8")], [(2, None), (2, "after 1")]
+    assert read == [*first, *second]  # once, whatever the repeats
     # Backwards first, then the timed turn.
-    learning, plain = [(1, "after 8"), (2, "after 1")], [(1, None), (2, None)]
-    assert asked == [*learning, *plain, *plain, *learning]
+    assert decoded == [*first[::-1], *first, *second[::-1], *second]
+    assert memories == {"recycling": "after 8"}  # the next category begins as this one did
+    assert texts == {"none": [[5], [5]], "recycling": [[5], [5]]}
+    assert rows["recycling"]["tokens_per_second"]["samples"] == [1.0]  # 2 tokens in 2 seconds
+
+
+def test_a_prompt_that_was_read_once_is_decoded_again_and_again(model: Model):
+    engine = bench.make_engines(model, {"none": (NoDrafter(), None)})["none"]
+    decode = measure.prefilled(engine, [[1, 2, 3]], 6, SamplingParams.make(), ())
+    texts = [generated(decode()[1], [[1, 2, 3]]) for _ in range(3)]
+    assert texts == [engine.generate([[1, 2, 3]], 6).tokens] * 3
+
+
+@pytest.mark.slow
+def test_a_search_ends_before_it_is_timed(folder: pathlib.Path, model: Model, monkeypatch):
+    monkeypatch.setattr(bench, "other_prompts", lambda settings, model: [[1, 2], [3]])
+    names = ("found:swift:3", "swift:3")
+    given = settings(folder, drafters=names, new_tokens=48)  # a set is judged by 33 tokens
+    engines = bench.make_engines(model, bench.make_sides(given, model, {}))
+    memories = bench.experience(given, model, engines, 128)
+    assert int(memories["found:swift:3"].search.iterations) > 0
+    ended = bench.after_search(engines)
+    assert [getattr(ended[name].drafter, "search", None) for name in given.drafters] == [
+        False,
+        True,
+    ]
+    greedy = SamplingParams.make()
+    for name, engine in ended.items():
+        if name != "none":
+            before = memories[name].search
+            _, state = measure.prefilled(engine, [[4]], 48, greedy, (), 128, memories[name])()
+            looked_on = state.drafter.search.iterations > before.iterations
+            assert looked_on == (name == "swift:3")
+    with pytest.raises(ValueError, match="lookup does not search"):
+        bench.make_sides(settings(folder, drafters=("found:lookup",)), model, {})
+
+
+def test_texts_that_are_not_greedy_are_not_summarised(folder: pathlib.Path):
+    with pytest.raises(ValueError, match="add 0"):
+        bench.run(settings(folder, temperatures=("1",)))
 
 
 def test_the_bare_loop_decodes_the_same_tokens(model: Model):
