@@ -15,7 +15,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from inference.cache import Cache, DenseLayer, init_cache
 from inference.engine import Engine
 from inference.loop import State
-from inference.policies.vertical_slash import VerticalSlashPolicy
 from models import decoder
 from models import params as parameters
 from models.sharding import ShardingRules
@@ -137,29 +136,11 @@ class ShardedEngine(Engine):
             return super().run(state, seeds, sampling, eos, rounds_per_call, after_call)
 
 
-def check_split(policy: Any, context: int) -> None:
-    """Refuse a policy that cannot have its slots split over so many devices.
-
-    Raises:
-        ValueError: sparse prefill over split slots.
-    """
-    if context > 1 and isinstance(policy, VerticalSlashPolicy):
-        raise ValueError(
-            "the sparse prefill of 'vertical_slash' selects among all of a row's slots, and the "
-            "mesh splits them over 'context': prefill with 'dual_chunk' or use a mesh with "
-            "context=1."
-        )
-
-
 def shard_engine(engine: Engine, mesh: Mesh, rules: ShardingRules | None = None) -> ShardedEngine:
     """The engine with its weights on a mesh; the drafter's weights are on every device.
 
     The weights must be plain arrays, not codec leaves.
-
-    Raises:
-        ValueError: sparse prefill over split slots.
     """
-    check_split(engine.policy, mesh.shape["context"])
     rules = ShardingRules() if rules is None else rules
     everywhere = NamedSharding(mesh, PartitionSpec())
     fields = {f.name: getattr(engine, f.name) for f in dataclasses.fields(Engine)}

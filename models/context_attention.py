@@ -143,6 +143,11 @@ def _queries_travel(
     size = k.shape[1]
     mask = of_shard(mask, jax.lax.axis_index(axis) * size, size)
     out, lse = call(q, k, v, mask)
+    return _merged(out, lse, axis, split)
+
+
+def _merged(out: Array, lse: Array, axis: str, split: bool) -> tuple[Array, Array]:
+    """The outputs over the devices' shares as one; with ``split`` each keeps its own queries'."""
     top = jax.lax.pmax(jax.lax.stop_gradient(lse), axis)
     # A shard that shows nothing has lse -inf and weight 0, also where all are such.
     top = jnp.where(top > -jnp.inf, top, 0.0)
@@ -159,7 +164,58 @@ def _queries_travel(
     filled = total > 0
     total = jnp.where(filled, total, 1.0)
     lse = jnp.where(filled, top + jnp.log(total), -jnp.inf)
-    return (summed / total[..., None]).astype(q.dtype), lse
+    return (summed / total[..., None]).astype(out.dtype), lse
+
+
+def shares_attention(
+    call: Callable[..., Any],
+    q: Float[Array, "b t h *width"],
+    k: Float[Array, "b s g d"],
+    v: Float[Array, "b s g dv"],
+    by_row: Any,
+    by_head: tuple[Array, ...],
+    over: Callable[..., Any],
+    rows: Any,
+    heads: Any,
+    axis: str,
+) -> tuple[Float[Array, "b t h dv"], Float[Array, "b t h"]]:
+    """Attention with slots split over ``axis`` of which ``call`` sees to what a device attends to.
+
+    Queries travel, see the module.
+
+    Args:
+        call: attention of one device to its own run of slots, ``call(q, k, v, by_row, *by_head) ->
+            (out, lse)``; it may exchange over ``axis`` what it needs to know of the others.
+        by_row: arrays with a row's first axis, or with an axis of 1 or none for all rows alike.
+        by_head: arrays (h, ...).
+        over, rows, heads: see :func:`context_attention`.
+    """
+    count = jax.sharding.get_abstract_mesh().shape[axis]
+    split = q.shape[1] >= SPLIT_FROM and q.shape[1] % count == 0
+    queries = PartitionSpec(rows, axis if split else None, heads)
+    slots = PartitionSpec(rows, axis, heads)
+
+    def on_device(q: Array, k: Array, v: Array, by_row: Any, *by_head: Array) -> Any:
+        if split:
+            q = jax.lax.all_gather(q, axis, axis=1, tiled=True)
+        out, lse = call(q, k, v, by_row, *by_head)
+        return _merged(out, lse, axis, split)
+
+    return over(
+        on_device,
+        in_specs=(
+            queries, slots, slots, row_specs(by_row, q.shape[0], rows),
+            *[PartitionSpec(heads)] * len(by_head),
+        ),
+        out_specs=(queries, queries),
+    )(q, k, v, by_row, *by_head)  # fmt: skip
+
+
+def row_specs(tree: Any, batch: int, rows: Any) -> Any:
+    """How arrays by row are split: what has no rows of its own is the same everywhere."""
+    return jax.tree.map(
+        lambda x: PartitionSpec(rows) if x.ndim and x.shape[0] == batch else PartitionSpec(), tree
+    )
 
 
 def _keys_travel(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from models.context_attention import context_attention
+from models.context_attention import context_attention, row_specs, shares_attention
 from models.sharding import dividing, mesh_in_force
 from ops.attention import AttentionMask, BlockSizes, attention
 from ops.dual_chunk import dual_chunk_attention, kernel_serves
@@ -66,7 +66,7 @@ def mesh_dual_chunk_attention(
     Raises:
         ValueError: see :func:`ops.dual_chunk.dual_chunk_attention`.
     """
-    (b, s), axis = k.shape[:2], _slots_axis(k)
+    (b, s), axis = k.shape[:2], slots_axis(k)
     share = None if axis is None else s // jax.sharding.get_abstract_mesh().shape[axis]
     if implementation == "auto":
         implementation = "tpu" if kernel_serves(stride, share) else "xla"
@@ -105,12 +105,11 @@ def over_mesh(
         mask: of :func:`ops.attention.attention`; with ``by_head`` any arrays with a row's first
             axis, or with an axis of 1 or none for all rows alike.
         implementation: what ``call`` runs, by its name in :mod:`ops`.
-        by_head: arrays (h, ...), which ``call`` takes after the mask. Only where slots are whole.
-
-    Raises:
-        ValueError: ``by_head`` where slots are split.
+        by_head: arrays (h, ...), which ``call`` takes after the mask. Where slots are split, such a
+            ``call`` sees to its share itself: see :func:`slots_axis`, and
+            :func:`models.context_attention.shares_attention`.
     """
-    mesh, slots = mesh_in_force(), _slots_axis(k)
+    mesh, slots = mesh_in_force(), slots_axis(k)
     if mesh is None or (implementation not in ("tpu", "interpret") and slots is None):
         return call(q, k, v, mask, *by_head)
     rows = dividing(mesh, "batch", q.shape[0])
@@ -120,29 +119,21 @@ def over_mesh(
     over = functools.partial(jax.shard_map, mesh=mesh, check_vma=checked)
     if slots is not None:
         if by_head:
-            raise ValueError(
-                "attention with values by head reads all of a row's slots, and the mesh splits "
-                "them over 'context': use a mesh with context=1."
-            )
+            return shares_attention(call, q, k, v, mask, by_head, over, rows, heads, slots)
         return context_attention(call, q, k, v, mask, over, rows, heads, slots)
     placed = PartitionSpec(rows, None, heads)
-
-    def of_mask(x: Array) -> PartitionSpec:
-        # A field without rows of its own (a window, a broadcast batch) is the same everywhere.
-        return PartitionSpec(rows) if x.ndim and x.shape[0] == q.shape[0] else PartitionSpec()
-
     return over(
         call,
         in_specs=(
-            *(placed, placed, placed, jax.tree.map(of_mask, mask)),
+            *(placed, placed, placed, row_specs(mask, q.shape[0], rows)),
             *[PartitionSpec(heads)] * len(by_head),
         ),
         out_specs=(placed, placed),
     )(q, k, v, mask, *by_head)
 
 
-def _slots_axis(k: Float[Array, "b s g d"]) -> str | None:
-    """The mesh axis that splits these slots."""
+def slots_axis(k: Float[Array, "b s g d"]) -> str | None:
+    """The mesh axis that splits these slots, by the mesh in force."""
     mesh = mesh_in_force()
     axes = None if mesh is None else dividing(mesh, "length", k.shape[1])
     return None if axes is None else axes[0]

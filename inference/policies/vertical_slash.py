@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from inference.policies.dual_chunk import DualChunkPolicy, Rotations, text_lengths
 from models.attention import Attended, Step
-from models.mesh_attention import over_mesh
+from models.mesh_attention import over_mesh, slots_axis
 from ops.block_sparse import block_sparse_attention
 from ops.platform import implementation_of
 from ops.vertical_slash import raised, vertical_slash_plan
@@ -116,22 +116,26 @@ class VerticalSlashPolicy:
         """Every run of queries attends to what matters to its own last ones.
 
         Rows that are not to be sparse get a plan of everything, which is dense attention by other
-        means. Nothing of it crosses rows or heads, so a mesh may split both.
+        means. Nothing of it crosses rows or heads, so a mesh may split both. Where it splits slots,
+        devices select together, and each attends to what is listed of its own.
         """
         stride, implementation = self.dense.stride, implementation_of(self.implementation)
+        axis = slots_axis(k)
 
         def attend_all(q, k, v, by_row, *budgets):
             shared, step, sparse = by_row
+            origin = None if axis is None else jax.lax.axis_index(axis) * k.shape[1]
 
             def attend(queries, critical, first, counts):
                 plan = vertical_slash_plan(
                     critical, k, first, counts, *(each[None] for each in budgets),
-                    stride=stride, most=self.most, every=~sparse,
+                    stride=stride, most=self.most, every=~sparse, axis=axis,
                 )  # fmt: skip
                 positions = first[:, None] + jnp.arange(queries.shape[2], dtype=jnp.int32)[None]
                 return block_sparse_attention(
-                    queries, k, v, positions, plan, stride=stride, implementation=implementation
-                )
+                    queries, k, v, positions, plan, stride=stride, implementation=implementation,
+                    first=origin,
+                )  # fmt: skip
 
             return over_runs(attend, shared.rotate_q(q), shared.rotate_critical(q), step, stride)
 

@@ -19,6 +19,7 @@ def block_sparse_attention(
     stride: int,
     scale: float | Float[Array, ""] | None = None,
     implementation: str = "auto",
+    first: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "b t h dv"], Float[Array, "b t h"]]:
     """Causal dual chunk attention to the listed slots, slot j holding position j.
 
@@ -35,6 +36,8 @@ def block_sparse_attention(
       scale: multiplies the scores in float32; default d ** -0.5.
       implementation: "reference" (holds all scores), "xla", "tpu" (the kernel, which has no
         gradient), "interpret" (the kernel on CPU); "auto" is the kernel on a TPU, else "xla".
+      first: the position of slot 0, default 0: keys and values may be a run of a row's slots, of
+        which the plan then lists none but these, by their positions.
 
     Returns:
       The output in v's dtype and the log-sum-exp of the scaled scores, float32.
@@ -55,11 +58,13 @@ def block_sparse_attention(
     implementation = implementation_of(implementation)
     if implementation in ("tpu", "interpret"):
         interpret = implementation == "interpret"
-        return attend_plan(q, k, v, q_positions, plan, stride, scaled_by, interpret=interpret)
+        return attend_plan(
+            q, k, v, q_positions, plan, stride, scaled_by, first, interpret=interpret
+        )
     if implementation == "xla":
-        return sparse_attention(q, k, v, q_positions, plan, stride, scaled_by)
+        return sparse_attention(q, k, v, q_positions, plan, stride, scaled_by, first)
     if implementation == "reference":
-        return reference_attention(q, k, v, q_positions, plan, stride, scaled_by)
+        return reference_attention(q, k, v, q_positions, plan, stride, scaled_by, first)
     raise ValueError(
         f"unknown block-sparse implementation {implementation!r}: name one of auto, reference, "
         "xla, tpu, interpret."

@@ -46,14 +46,15 @@ def attend_plan(
     plan: SparsePlan,
     stride: int,
     scale: float | Float[Array, ""],
+    first: Int[Array, ""] | None = None,
     *,
     gathered_bytes: int = GATHERED_BYTES,
     interpret: Any = False,
 ) -> tuple[Float[Array, "b t h dv"], Float[Array, "b t h"]]:
     """Causal attention of each block of 64 queries over its ranges and columns.
 
-    Slot j holds position j, and a key meets the rotation of a query that dual chunk attention
-    gives it: see `ops.dual_chunk.dual_chunk_attention` for q, k and stride. Sums are float32; a
+    Slot j holds position `first` + j, by default j, and a key meets the rotation of a query that
+    dual chunk attention gives it: see `ops.dual_chunk` for q, k and stride. Sums are float32; a
     query that sees nothing gives zeros and lse -inf. Values must be finite in the 80 slots around
     a range; keys that no list shows may hold anything.
 
@@ -65,7 +66,10 @@ def attend_plan(
     """
     plan.validate(q.shape[1], q.shape[2], q.shape[3])
     scale = jnp.asarray(scale, jnp.float32)
-    result: Any = _attend(stride, gathered_bytes, interpret, q, k, v, q_positions, plan, scale)
+    origin = jnp.int32(0) if first is None else first
+    result: Any = _attend(
+        stride, gathered_bytes, interpret, q, k, v, q_positions, plan, scale, origin
+    )
     return result
 
 
@@ -75,7 +79,7 @@ def launches_of(b: int, h: int, n: int, columns: int, each: int, most: int) -> i
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(stride, gathered_bytes, interpret, q, k, v, q_positions, plan, scale):
+def _attend(stride, gathered_bytes, interpret, q, k, v, q_positions, plan, scale, origin):
     _, b, t, h, d = q.shape
     n = plan.starts.shape[2]
     k, v = (_whole_copies(jnp.swapaxes(x, 1, 2)) for x in (k, v))
@@ -100,7 +104,7 @@ def _attend(stride, gathered_bytes, interpret, q, k, v, q_positions, plan, scale
         queries = cut(q, 2, i, span * BLOCK).transpose(0, 1, 3, 2, 4)
         at, chunk = (cut(x, 1, i, span * BLOCK) for x in (q_positions, chunks))
         part = jax.tree.map(lambda x: cut(x, 2, i, span), plan)
-        return _launch(queries, k, v, at, chunk, part, scale, stride, interpret)
+        return _launch(queries, k, v, at, chunk, part, scale, origin, stride, interpret)
 
     if launches == 1:
         out, lse = launch(0)
@@ -142,7 +146,7 @@ def _gather(x: Any, columns: Any) -> Any:
     return rows.reshape(b, h, n, c, x.shape[3])
 
 
-def _launch(q, k, v, positions, chunks, plan, scale, stride, interpret):
+def _launch(q, k, v, positions, chunks, plan, scale, origin, stride, interpret):
     """One call of the kernel; q is [3, b, h, n * 64, d], k and v are heads first."""
     _, b, h, t, _ = q.shape
     n, dv = t // BLOCK, v.shape[3]
@@ -152,12 +156,14 @@ def _launch(q, k, v, positions, chunks, plan, scale, stride, interpret):
     held = jax.lax.broadcasted_iota(jnp.int32, columns.shape, 3) < plan.column_counts[..., None]
     slots = jnp.where(held, columns, UNSEEN).reshape(b, h, n, width // tile, 1, tile)
     nearest = jnp.broadcast_to(chunks.reshape(b, 1, n, BLOCK).min(axis=3), (b, h, n))
-    counts = jnp.stack([plan.range_counts, plan.column_counts, nearest], axis=3)
+    origins = jnp.broadcast_to(origin, (b, h, n))
+    counts = jnp.stack([plan.range_counts, plan.column_counts, nearest, origins], axis=3)
+    held_at = jnp.where(held, columns - origin, 0)
     lists = [counts, *(_at_least_one(x) for x in (plan.starts, plan.stops)), columns]
     side = jnp.stack([positions, chunks], axis=2).reshape(b, n, BLOCK, 2)
     tensors = (
         *(x.reshape(b, h, n, 1, -1) for x in lists),
-        slots, side, q, k, v, _gather(k, columns), _gather(v, columns),
+        slots, side, q, k, v, _gather(k, held_at), _gather(v, held_at),
     )  # fmt: skip
     operands, struct = softmax.over_mesh((scale.reshape(1), *tensors))
     out, lse = pl.pallas_call(
@@ -260,7 +266,7 @@ def _kernel(
     k_tiles, v_tiles, sems, top, total, weighted, *, stride, repeats,
 ):  # fmt: skip
     bi, hi, ni = (pl.program_id(i) for i in range(3))
-    range_count, column_count, nearest = (counts[0, 0, 0, 0, i] for i in range(3))
+    range_count, column_count, nearest, origin = (counts[0, 0, 0, 0, i] for i in range(4))
     head, tile = jax.lax.div(hi, repeats), slots.shape[5]
     tiles, end = (k_tiles, v_tiles), k.shape[2] - FETCHED
     softmax.reset(top, total, weighted)
@@ -268,7 +274,7 @@ def _kernel(
 
     def base_of(i):
         # A multiple of 16; the last copy ends with the buffer.
-        first = starts[0, 0, 0, 0, i] & np.int32(-ALIGNED)
+        first = (starts[0, 0, 0, 0, i] - origin) & np.int32(-ALIGNED)
         return pl.multiple_of(jnp.minimum(first, end), ALIGNED)
 
     def each_range(i, buffer, do):
@@ -313,7 +319,7 @@ def _kernel(
         for j in range(RANGES):
             at = i * RANGES + j
             mine, index = lane >= j * FETCHED, jnp.minimum(at, last)
-            slot = jnp.where(mine, lane + (base_of(index) - j * FETCHED), slot)
+            slot = jnp.where(mine, lane + (origin + base_of(index) - j * FETCHED), slot)
             begin = jnp.where(mine, starts[0, 0, 0, 0, index], begin)
             stop = jnp.where(mine, jnp.where(at <= last, stops[0, 0, 0, 0, index], 0), stop)
         shown = jnp.where((slot >= begin) & (slot < stop), slot, UNSEEN)

@@ -29,6 +29,7 @@ def sparse_attention(
     plan: SparsePlan,
     stride: int,
     scale: float | Float[Array, ""],
+    first: Int[Array, ""] | None = None,
     lanes: int = LANES,
     pieces: int = PIECES,
 ) -> tuple[Float[Array, "b t h dv"], Float[Array, "b t h"]]:
@@ -44,17 +45,18 @@ def sparse_attention(
     lists = _Lists(plan, at[:, None, :, 0] // stride, stride)
     order = jnp.argsort(-lists.total)
     groups = -(-b * h * n // lanes)
+    origin = jnp.int32(0) if first is None else first
     order = jnp.pad(order, (0, groups * lanes - b * h * n), constant_values=b * h * n)
 
     def group(members):
         lane = jnp.minimum(members, b * h * n - 1)
         row, head = lane // (h * n), lane // n % h
-        first = ((row * g + head // (h // g)) * s)[:, None, None]
+        begin = ((row * g + head // (h // g)) * s)[:, None, None]
         rotations, here = q[lane], at[row, lane % n]
 
         def tile(i, carry):
             slots, meant = lists.pieces(lane, i * pieces, pieces)
-            source = first + jnp.minimum(slots, s - 1)
+            source = begin + jnp.clip(slots - origin, 0, s - 1)
             which = rotation_of(here[:, :1] // stride, slots[:, :, 0] // stride)
             rotated = jnp.take_along_axis(rotations, which[:, :, None, None], axis=1)
             scores = jnp.einsum(

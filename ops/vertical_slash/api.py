@@ -1,10 +1,11 @@
 """From queries and keys to the plan of their attention."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ops.block_sparse import SparsePlan
-from ops.vertical_slash.blocks import to_plan
+from ops.vertical_slash.blocks import share_of, to_plan
 from ops.vertical_slash.estimate import column_and_diagonal_mass
 from ops.vertical_slash.geometry import Geometry, geometry
 from ops.vertical_slash.select import (
@@ -30,6 +31,7 @@ def select(
     scale: float | Float[Array, ""] | None = None,
     most: tuple[int, int],
     every: Bool[Array, " b"] | None = None,
+    axis: str | None = None,
 ) -> Selection:
     """Columns and diagonals that matter to the last 64 queries of each row (arXiv 2407.02490).
 
@@ -43,6 +45,8 @@ def select(
       scale: the factor on scores that the attention uses, default d ** -0.5. It changes the order.
       most: static bounds of the two budgets; what a budget has above is not used.
       every: rows that attend to everything.
+      axis: a mesh axis that splits a row's slots; ``k`` is then this device's run of them, and what
+        is selected is that of the whole row, on every device alike.
     """
     scaled_by = q.shape[-1] ** -0.5 if scale is None else scale
     size = min(LAST_QUERIES, q.shape[2])
@@ -55,6 +59,7 @@ def select(
         valid,
         stride=stride,
         scale=scaled_by,
+        axis=axis,
     )
     return by_segment(
         keep_columns(columns, raised(vertical), where.end, most[0]),
@@ -76,8 +81,11 @@ def vertical_slash_plan(
     scale: float | Float[Array, ""] | None = None,
     most: tuple[int, int],
     every: Bool[Array, " b"] | None = None,
+    axis: str | None = None,
 ) -> SparsePlan:
     """The plan of t queries at positions from `first` on, within one chunk; see `select`.
+
+    With an `axis` it lists the slots of the row that are among this device's.
 
     Raises:
       ValueError: a stride below 1, or a bound below 1.
@@ -89,6 +97,9 @@ def vertical_slash_plan(
         )
     where = geometry(first, counts, stride)
     selection = select(
-        q, k, where, vertical, slash, stride=stride, scale=scale, most=most, every=every
+        q, k, where, vertical, slash, stride=stride, scale=scale, most=most, every=every, axis=axis
     )
-    return to_plan(selection, where, q.shape[2])
+    plan = to_plan(selection, where, q.shape[2])
+    if axis is None:
+        return plan
+    return share_of(plan, jax.lax.axis_index(axis) * k.shape[1], k.shape[1])

@@ -24,6 +24,37 @@ def to_plan(selection: Selection, where: Geometry, queries: int) -> SparsePlan:
     return SparsePlan(starts, stops, counts, columns, column_counts)
 
 
+def share_of(plan: SparsePlan, first: Int[Array, ""], size: int) -> SparsePlan:
+    """What a plan of :func:`to_plan` lists of the slots ``first <= j < first + size``.
+
+    Its lists are shorter: but for the last of each segment, ranges are 64 slots long.
+    """
+    end, longest = first + size, size // BLOCK + 5
+    skipped = jnp.sum(plan.meant_ranges & (plan.stops <= first), axis=-1)
+    counts = jnp.sum(plan.meant_ranges & (plan.starts < end), axis=-1) - skipped
+    (starts, stops), held = _from(skipped, counts, longest, plan.starts, plan.stops)
+    before = jnp.sum(plan.meant_columns & (plan.columns < first), axis=-1)
+    column_counts = jnp.sum(plan.meant_columns & (plan.columns < end), axis=-1) - before
+    (columns,), column_held = _from(before, column_counts, size, plan.columns)
+    return SparsePlan(
+        starts=jnp.where(held, jnp.maximum(starts, first), 0),
+        stops=jnp.where(held, jnp.minimum(stops, end), 0),
+        range_counts=counts.astype(jnp.int32),
+        columns=jnp.where(column_held, columns, 0),
+        column_counts=column_counts.astype(jnp.int32),
+    )
+
+
+def _from(
+    skipped: Int[Array, "b h n"], counts: Int[Array, "b h n"], longest: int, *lists: Array
+) -> tuple[list[Array], Bool[Array, "b h n X"]]:
+    """Lists without their first entries, at most so long, and which entries are meant."""
+    have = lists[0].shape[3]
+    index = jnp.arange(min(longest, have), dtype=jnp.int32)[None, None, None]
+    at = jnp.minimum(skipped[..., None] + index, have - 1)
+    return [jnp.take_along_axis(x, at, axis=3) for x in lists], index < counts[..., None]
+
+
 def _last_rows(where: Geometry, blocks: int) -> tuple[Bool[Array, "b n"], Int[Array, "b n"]]:
     """Whether a block has queries, and the position of its last one."""
     first_row = jnp.arange(blocks, dtype=jnp.int32)[None] * BLOCK

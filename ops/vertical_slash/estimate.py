@@ -15,7 +15,8 @@ def column_and_diagonal_mass(
     *,
     stride: int,
     scale: float | Float[Array, ""],
-) -> tuple[Float[Array, "b h s"], Float[Array, "b h s"]]:
+    axis: str | None = None,
+) -> tuple[Float[Array, "b h S"], Float[Array, "b h S"]]:
     """Attention mass of n consecutive queries, summed down columns and along diagonals.
 
     Args:
@@ -25,38 +26,66 @@ def column_and_diagonal_mass(
       positions: of the queries; a query sees the slots up to its own.
       valid: which of the queries count, for runs of fewer than n.
       scale: the factor on the scores that the attention itself uses.
+      axis: a mesh axis that splits a row's slots; `k` is then this device's run of them.
 
     Returns:
-      Sums over queries of their float32 softmax, per slot: of the slot's column, and of the
-      diagonal on which the last query meets the slot. Slots after the last query get 0.
+      Sums over queries of their float32 softmax, per slot of the whole row: of the slot's column,
+      and of the diagonal on which the last query meets the slot. Slots after the last query get 0.
     """
     b, n, h, d = q.shape[1:]
     s, g = k.shape[1:3]
     grouped = q.reshape(3, b, n, g, h // g, d).transpose(3, 4, 0, 1, 2, 5)  # (g, r, 3, b, n, d)
-    seen = jnp.arange(s, dtype=jnp.int32)[None, None] <= positions[:, :, None]
+    origin = jnp.int32(0) if axis is None else jax.lax.axis_index(axis) * s
+    first = None if axis is None else origin  # without one, blocks need not divide the slots
+    seen = (origin + jnp.arange(s, dtype=jnp.int32))[None, None] <= positions[:, :, None]
 
-    def of_head(queries, keys):
-        scores = all_scores(queries[:, :, None, None], keys[:, None], positions, stride)
-        scores = jnp.where(seen, scores[:, 0, 0] * scale, -jnp.inf)
+    def scores_of(queries, keys):
+        scores = all_scores(queries[:, :, None, None], keys[:, None], positions, stride, first)
+        return jnp.where(seen, scores[:, 0, 0] * scale, -jnp.inf)
+
+    def softmax_sums(queries, keys):
+        scores = scores_of(queries, keys)
         top = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
-        weights = jnp.exp(scores - top)
-        weights = weights / jnp.maximum(weights.sum(axis=-1, keepdims=True), 1e-30)
+        return top, jnp.exp(scores - top).sum(axis=-1, keepdims=True)
+
+    def masses(queries, keys, top, total):
+        weights = jnp.exp(scores_of(queries, keys) - top) / jnp.maximum(total, 1e-30)
         weights = jnp.where(valid[:, :, None], weights, 0.0)
         return weights.sum(axis=1), _diagonal_sums(weights)
 
-    def of_group(given):
-        index, queries = given
-        keys = jax.lax.dynamic_index_in_dim(k, index, axis=2, keepdims=False)
-        return jax.lax.map(lambda one: of_head(one, keys), queries)
+    def by_head(function, *given):
+        """One head after the other: the weights of 64 queries at a million keys are 256 MiB."""
 
-    # One head after the other: the weights of 64 queries at a million keys are 256 MiB a head.
-    both = jax.lax.map(of_group, (jnp.arange(g, dtype=jnp.int32), grouped))
-    columns, diagonals = (jnp.moveaxis(x.reshape(h, b, s), 0, 1) for x in both)
-    return columns, diagonals
+        def of_group(group):
+            index, *rest = group
+            keys = jax.lax.dynamic_index_in_dim(k, index, axis=2, keepdims=False)
+            return jax.lax.map(lambda one: function(one[0], keys, *one[1:]), tuple(rest))
+
+        return jax.lax.map(of_group, (jnp.arange(g, dtype=jnp.int32), *given))
+
+    def in_rows(x):
+        return jnp.moveaxis(x.reshape(h, b, -1), 0, 1)
+
+    if axis is None:
+        alone = by_head(lambda q, k: masses(q, k, *softmax_sums(q, k)), grouped)
+        columns, diagonals = map(in_rows, alone)
+        return columns, diagonals[..., :s]
+    # Scores are computed twice, so that the devices agree once and not once per head.
+    own, total = by_head(softmax_sums, grouped)
+    top = jax.lax.pmax(own, axis)
+    total = jax.lax.psum(total * jnp.exp(own - top), axis)
+    columns, diagonals = map(in_rows, by_head(masses, grouped, top, total))
+    whole = s * jax.lax.axis_size(axis)
+    placed = jnp.zeros((b, h, whole + n - 1), diagonals.dtype)
+    placed = jax.lax.dynamic_update_slice_in_dim(placed, diagonals, origin, axis=2)
+    return (
+        jax.lax.all_gather(columns, axis, axis=2, tiled=True),
+        jax.lax.psum(placed, axis)[..., :whole],
+    )
 
 
-def _diagonal_sums(weights: Float[Array, "b n s"]) -> Float[Array, "b s"]:
-    """Entry x is the sum over i of weights[i, x - (n - 1 - i)]."""
+def _diagonal_sums(weights: Float[Array, "b n s"]) -> Float[Array, "b S"]:
+    """Entry x of s + n - 1 is the sum over i of weights[i, x - (n - 1 - i)]."""
     b, n, s = weights.shape
 
     def add(shift, total):
@@ -65,4 +94,4 @@ def _diagonal_sums(weights: Float[Array, "b n s"]) -> Float[Array, "b s"]:
         return jax.lax.dynamic_update_slice_in_dim(total, moved, shift, axis=1)
 
     empty = jnp.zeros((b, s + n - 1), weights.dtype)
-    return jax.lax.fori_loop(0, n, add, empty)[:, :s]
+    return jax.lax.fori_loop(0, n, add, empty)

@@ -86,7 +86,6 @@ def test_an_odd_number_of_heads_is_left_whole():
         ({"policy": ("yarn:half",)}, "takes a factor of 1 or more, got 'half'"),
         ({"policy": ("clex:runs/a:b",)}, "policy 'clex:runs/a:b' is read from what a run has writ"),
         ({"policy": ("giraffe:x",)}, "ask for one that is all in its name, such as dual_chunk"),
-        ({"policy": ("vertical_slash:64:8:9:9",)}, "use a mesh with context=1"),
         ({"policy": ("vertical_slash:64:8:file",)}, "is read from what a run has written"),
     ],
 )

@@ -12,7 +12,7 @@ from inference.drafters.lookup import LookupDrafter
 from inference.engine import Engine, Generation
 from inference.loop import prefill_chunk
 from inference.policies.dual_chunk import DualChunkPolicy
-from inference.policies.vertical_slash import with_budgets
+from inference.policies.vertical_slash import VerticalSlashPolicy, with_budgets
 from inference.sharded import shard_engine
 from models import clex, decoder, params, seqpe
 from models.attention import DensePolicy, Step
@@ -46,6 +46,12 @@ def with_clex() -> DensePolicy:
     return DensePolicy(scheme=make_scheme(random_weights(clex.specs(ode)), ode))
 
 
+def sparsely(implementation: str) -> VerticalSlashPolicy:
+    """Every head of every layer has budgets of its own; prompts of 64 tokens are read densely."""
+    budgets = np.asarray([[4, 20, 50, 100], [100, 30, 10, 5]], np.int32)
+    return with_budgets(DualChunkPolicy(96, 16), budgets, budgets, 64, implementation)
+
+
 def with_seqpe() -> Any:
     """Vectors beside the keys, which are twice as wide as the values."""
     encoder, injection = seqpe.Config(16, 2, TEXT), seqpe.Injection()
@@ -60,6 +66,7 @@ POLICIES = {
     "temperature": (ROTARY, lambda: DualChunkPolicy(96, 16, 3)),
     "clex": (ROTARY, with_clex),
     "seqpe": (PLAIN, with_seqpe),
+    "sparse": (ROTARY, lambda: sparsely("xla")),
 }
 
 
@@ -81,11 +88,12 @@ def alone(name: str, temperature: float = 0.0) -> Generation:
 
 def test_these_texts_tell_the_policies_apart():
     dense = engine(ROTARY, prefill_size=128).generate(prompts(*LENGTHS), NEW).tokens
-    found = dense, *(alone(name).tokens for name in ("dual_chunk", "temperature", "clex"))
+    names = "dual_chunk", "temperature", "clex", "sparse"
+    found = dense, *(alone(name).tokens for name in names)
     assert all(a != b for i, a in enumerate(found) for b in found[:i])
 
 
-@pytest.mark.parametrize("name", ["dual_chunk", "temperature", "clex", "seqpe"])
+@pytest.mark.parametrize("name", POLICIES)
 def test_drafts_are_looked_up_and_verified_over_the_shards(name):
     """Prompts in two pieces, then passes over drafts that are right at times."""
     one = one_device(name, drafter=LookupDrafter(4, (2, 1)), widths=())
@@ -141,33 +149,27 @@ def test_no_program_exchanges_the_cache(name):
 
 
 def read_sparsely(implementation: str) -> np.ndarray:
-    """Hidden states of ragged rows; every head of every layer has budgets of its own."""
-    budgets = np.asarray([[4, 20, 50, 100], [100, 30, 10, 5]], np.int32)
-    policy = with_budgets(DualChunkPolicy(96, 16), budgets, budgets, 64, implementation)
+    """Hidden states of ragged rows."""
     tokens = jnp.asarray(np.random.default_rng(0).integers(3, ROTARY.vocab_size, (4, 192)))
     counts = jnp.asarray([192, 70, 130, 1], jnp.int32)
     row = jnp.broadcast_to(jnp.arange(192, dtype=jnp.int32), tokens.shape)
     step = Step(row, lengths=counts, counts=counts, mode="prefill")
     program = jax.jit(decoder.forward, static_argnums=1)
-    out = program(weights(ROTARY), ROTARY, tokens, step=step, policy=policy)
+    out = program(weights(ROTARY), ROTARY, tokens, step=step, policy=sparsely(implementation))
     return np.asarray(out.hidden)[np.asarray(row < counts[:, None])]
 
 
-def test_the_kernel_of_sparse_prefill_runs_on_each_device_s_rows_and_heads():
+@pytest.mark.parametrize(
+    ("mesh", "implementation"),
+    [
+        ("context=4", "xla"),  # shares of less than a block
+        ("data=2,context=2,tensor=2", "xla"),
+        pytest.param("data=2,tensor=2", "interpret", marks=pytest.mark.slow),
+        pytest.param("context=2,tensor=2", "interpret", marks=pytest.mark.slow),
+    ],
+)
+def test_sparse_prefill_runs_on_each_device_s_rows_heads_and_slots(mesh, implementation):
     alone = read_sparsely("xla")
-    with jax.set_mesh(mesh_of("data=2,tensor=2")):
-        split = read_sparsely("interpret")
+    with jax.set_mesh(mesh_of(mesh)):
+        split = read_sparsely(implementation)
     np.testing.assert_allclose(split, alone, rtol=1e-4, atol=1e-4)
-
-
-def test_sparse_prefill_refuses_split_slots():
-    every = np.ones((2, 4), np.int32)
-    one = engine(ROTARY, policy=with_budgets(DualChunkPolicy(96, 16), every, every))
-    with pytest.raises(ValueError, match="prefill with 'dual_chunk' or use a mesh with context=1"):
-        shard_engine(one, mesh_of(MESHES[0]))
-    with (
-        jax.set_mesh(mesh_of(MESHES[0])),
-        pytest.raises(ValueError, match="them over 'context': use a mesh with context=1"),
-    ):
-        read_sparsely("interpret")
-    shard_engine(one, mesh_of("data=2,tensor=2"))

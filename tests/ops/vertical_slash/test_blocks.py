@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ops.block_sparse import BLOCK, attended
-from ops.vertical_slash import Selection, by_segment, geometry, to_plan
+from ops.vertical_slash import Selection, by_segment, geometry, share_of, to_plan
 
 
 def listed(
@@ -144,3 +144,27 @@ def test_columns_given_twice_count_once():
     assert isinstance(selection, Selection)
     kept = np.asarray(selection.columns)[0, 0]
     assert sorted(kept[kept < 9].tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("size", [40, 64, 160, 320])
+def test_shares_list_what_the_whole_lists_of_their_slots(size):
+    stride, t, s = 160, 150, 640
+    rng = np.random.default_rng(size)
+    first, counts = np.array([0, 320, 480, 165]), np.array([150, 150, 150, 1])
+    chosen = jnp.asarray(rng.random((4, 2, s)) < 0.03)
+    columns = jnp.asarray(np.sort(rng.integers(0, s, (4, 2, 30)), axis=-1), jnp.int32)
+    every = jnp.asarray([False, False, True, False])
+    where = geometry(jnp.asarray(first, jnp.int32), jnp.asarray(counts, jnp.int32), stride)
+    plan = to_plan(by_segment(columns, chosen, where, every), where, t)
+    at = jnp.asarray(first[:, None] + np.arange(t), jnp.int32)
+    whole = attended(plan, at, s)
+    for begin in range(0, s, size):
+        share = share_of(plan, jnp.int32(begin), size)
+        share.validate(4, t, 2)
+        assert share.starts.shape[3] <= size // BLOCK + 5
+        got = attended(share, at, size, jnp.int32(begin))
+        np.testing.assert_array_equal(got, whole[..., begin : begin + size])
+        for lists, held in (
+            (share.starts, share.meant_ranges), (share.columns, share.meant_columns)
+        ):  # fmt: skip
+            assert np.all(np.where(held, lists >= begin, lists == 0))

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from ops.block_sparse import attended, block_sparse_attention
 from ops.dual_chunk import dual_chunk_attention
@@ -53,6 +54,26 @@ def test_mass_is_the_softmax_summed_down_columns_and_along_diagonals(stride):
         shift = 63 - i
         diagonals[:, :, shift:] += weights[:, :, i, : S - shift]
     np.testing.assert_allclose(got[1], diagonals, atol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_devices_that_hold_shares_agree_on_the_mass_of_the_whole(devices):
+    """The row's end, and the diagonals that cross from one share to the next, among them."""
+    _, critical, k, _ = tensors(2, 64)
+    at = jnp.asarray(np.array([320, 3])[:, None] + np.arange(64))
+    valid = jnp.asarray(np.arange(64)[None] >= np.array([[0], [20]]))
+    settings = {"stride": 160, "scale": 0.7}
+    whole = column_and_diagonal_mass(critical, k, at, valid, **settings)
+    mesh = jax.make_mesh((devices,), ("slots",), (jax.sharding.AxisType.Auto,))
+    shares = jax.shard_map(
+        functools.partial(column_and_diagonal_mass, axis="slots", **settings),
+        mesh=mesh,
+        in_specs=(P(), P(None, "slots"), P(), P()),
+        out_specs=P(),
+        check_vma=False,
+    )
+    for got, want in zip(jax.jit(shares)(critical, k, at, valid), whole, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 def test_mass_takes_the_memory_of_one_head():
