@@ -52,7 +52,13 @@ def test_files_are_complete_and_small(name: str) -> None:
         assert fact in card, fact
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name.startswith("python") else pytest.param(name, marks=pytest.mark.slow)
+        for name in shipped()
+    ],
+)
 def test_models_know_python(name: str) -> None:
     """The loss on a snippet is far below that of guessing, and far below that of a shuffled one."""
     model = load(name)

@@ -44,6 +44,7 @@ def test_steps_alternate_and_ratios_are_those_of_one_turn(monkeypatch: pytest.Mo
     assert not statements.answer(rows, STATEMENTS, 3)[0]["holds"]
 
 
+@pytest.mark.slow
 def test_every_step_that_is_timed_is_that_of_its_config():
     made = context_steps.training("clex", 512)
     assert made.tokens == 512 and made.task.ode.max_position == 256

@@ -139,6 +139,7 @@ def test_rules_on_recorded_curves(model: LCPFN):
     assert all(values[0] is not None and values[1] is None for values in likely.values())
 
 
+@pytest.mark.slow
 def test_posterior_gaps(model: LCPFN, monkeypatch: pytest.MonkeyPatch):
     context, truth, posterior = lc_pfn_prior.reference(0, 12, 40_000)
     assert len(context) == len(truth) == len(posterior.ess) and (posterior.ess > 200).all()

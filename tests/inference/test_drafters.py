@@ -176,8 +176,8 @@ class LyingDraftModel(DraftModel):
 @pytest.mark.parametrize(
     ("length", "sampling"),
     [
-        (1, SamplingParams.make(1.0)),
-        (2, SamplingParams.make(1.0)),
+        pytest.param(1, SamplingParams.make(1.0), marks=pytest.mark.slow),
+        pytest.param(2, SamplingParams.make(1.0), marks=pytest.mark.slow),
         (3, SamplingParams.make(0.7, top_p=0.8)),
     ],
     ids=["short", "middle", "warped"],

@@ -3,6 +3,8 @@
 import importlib
 import pathlib
 import types
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,6 +36,12 @@ FINE_TUNED = [
 ]
 
 
+def in_tiers(names: Sequence[str]) -> list[Any]:
+    """All but the first are slow tests: they differ in their data more than in the code they run."""
+    first, *others = sorted(names)
+    return [first, *(pytest.param(name, marks=pytest.mark.slow) for name in others)]
+
+
 def module(name: str) -> types.ModuleType:
     return importlib.import_module(f"configs.{name}")
 
@@ -53,7 +61,7 @@ def test_every_sweep_resolves_and_says_how_to_run_it(path: pathlib.Path):
     assert f"--sweep=configs/sweeps/{path.name}" in path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+@pytest.mark.parametrize("name", in_tiers(LANGUAGE_MODELS))
 def test_language_models_run_two_updates(name: str, tmp_path: pathlib.Path, monkeypatch):
     monkeypatch.setenv("LONGREACH_DATA", str(tmp_path / "cache"))
     config = module(name).get_config()
@@ -61,7 +69,7 @@ def test_language_models_run_two_updates(name: str, tmp_path: pathlib.Path, monk
     assert_two_updates(config, tmp_path)
 
 
-@pytest.mark.parametrize("name", FINE_TUNED)
+@pytest.mark.parametrize("name", in_tiers(FINE_TUNED))
 def test_fine_tunings_run_two_updates(name: str, tmp_path: pathlib.Path, monkeypatch):
     """From a model of one layer, with random weights."""
     monkeypatch.setenv("LONGREACH_DATA", str(tmp_path / "cache"))

@@ -69,6 +69,7 @@ def test_runs_of_one_seed_are_the_same_and_borders_are_not_of_the_seed(tmp_path:
     np.testing.assert_array_equal(other.rest, TASK.borders)
 
 
+@pytest.mark.slow
 def test_the_large_config_takes_two_updates(tmp_path: pathlib.Path):
     config = lc_pfn_large.get_config()
     config.task.network.update({**dataclasses.asdict(NETWORK), "dropout": 0.2})
