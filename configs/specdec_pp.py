@@ -6,8 +6,8 @@ The draft model's labelled states first, over texts that the target writes itsel
         --prompts=python_stdlib --count=2048 --out=runs/acceptance/python-5m
     python -m train --config=configs/specdec_pp.py --workdir=runs/specdec_pp
 
-On one core (Intel Xeon) that other work shared, writing and labelling the texts took 14 minutes, the
-183 updates 8 seconds. Expected: an AUC of 0.63 on held-out texts, a calibration error of 0.006.
+On one core (Intel Xeon) that other work shared, writing and labelling the texts took 14 minutes,
+the 183 updates 8 seconds. Expected: an AUC of 0.63 on held-out texts, a calibration error of 0.006.
 """
 
 from configs import defaults

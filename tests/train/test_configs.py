@@ -37,7 +37,7 @@ FINE_TUNED = [
 
 
 def in_tiers(names: Sequence[str]) -> list[Any]:
-    """All but the first are slow tests: they differ in their data more than in the code they run."""
+    """All but the first are slow tests: they differ in their data more than in what they run."""
     first, *others = sorted(names)
     return [first, *(pytest.param(name, marks=pytest.mark.slow) for name in others)]
 
