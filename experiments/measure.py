@@ -98,16 +98,27 @@ def exactness(
     return Exactness(total, differing, near, error, mismatches)
 
 
-def draft_cost(model: Model, drafter: Drafter, params: Any, prompt: Sequence[int]) -> float:
-    """FLOPs of one draft's matrix products as a share of those of one plain pass."""
+def draft_cost(
+    model: Model, drafter: Drafter, params: Any, prompt: Sequence[int], drafted: float | None = None
+) -> float:
+    """FLOPs of one draft's matrix products as a share of those of one plain pass.
+
+    Args:
+        drafted: tokens of a draft, for drafters that end theirs as they see fit. The first is drawn
+            in any case, each other by a turn of a loop.
+
+    Raises:
+        ValueError: such a drafter without ``drafted``.
+    """
     if isinstance(drafter, NoDrafter):
         return 0.0
     greedy = SamplingParams.make()
+    turns = None if drafted is None else max(0.0, drafted - 1.0)
 
     def flops(drafter: Drafter, params: Any, function: Any) -> float:
         engine = make_engine(model.params, model.cfg, drafter=drafter, drafter_params=params)
         state, seeds = engine.start([prompt], 32, greedy)
-        return product_flops(function, engine.params, params, state, seeds)
+        return product_flops(function, engine.params, params, state, seeds, turns=turns)
 
     def draft(weights: Any, params: Any, state: State, seeds: Any) -> Any:
         extent = state.cache.capacity

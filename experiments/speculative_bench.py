@@ -293,6 +293,8 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     rows.append({"kind": "overhead", "share": record.sample(overhead)})
     sides = make_sides(settings, model, seconds)
     engines = make_engines(model, sides)
+    given = [prompt for each in prompts.values() for prompt in each]
+    costs = {name: draft_costs(model, *side, given[0]) for name, side in sides.items()}
     memories = experience(settings, model, engines, slots(settings, engines))
     engines = after_search(engines)
     greedy: dict[str, list[list[int]]] = {name: [] for name in engines}
@@ -313,13 +315,22 @@ def run(settings: Settings) -> list[dict[str, Any]]:
                 print(f"  {name:24} {row['tokens_per_second']['mean']:7.1f} tokens/s", flush=True)
     rows += batched(settings, model, next(iter(prompts.values())), memories)
     print("checking the texts", flush=True)
-    given = [prompt for each in prompts.values() for prompt in each]
-    return [*rows, *summaries(model, sides, given, greedy, rows)]
+    return [*rows, *summaries(model, sides, costs, given, greedy, rows)]
+
+
+def draft_costs(model: Model, drafter: Any, params: Any, prompt: Sequence[int]) -> list[float]:
+    """What a draft costs in plain passes: in any case, and more for each token that it drafts.
+
+    The second is 0 but for drafters that end a draft as they see fit.
+    """
+    one, two = (measure.draft_cost(model, drafter, params, prompt, n) for n in (1.0, 2.0))
+    return [one - (two - one), two - one]
 
 
 def summaries(
     model: Model,
     sides: dict[str, tuple[Any, Any]],
+    costs: dict[str, list[float]],
     given: Sequence[Sequence[int]],
     texts: dict[str, list[list[int]]],
     rows: Sequence[dict[str, Any]],
@@ -327,6 +338,7 @@ def summaries(
     """A row per side of ours: exactness, cost of a draft, memory, speedups modelled and mean.
 
     Args:
+        costs: see :func:`draft_costs`.
         texts: what each side generated after each of the prompts ``given``, greedily.
         rows: those of every side, category and temperature.
     """
@@ -342,7 +354,9 @@ def summaries(
         greedy = {r["category"]: r for r in mine if r["temperature"] == 0}
         cost = own_layers(list(greedy.values()))
         if not cost:
-            cost = measure.draft_cost(model, drafter, params, given[0])
+            drafted = [r["drafted_per_emitted"] * r["tokens_per_pass"] for r in greedy.values()]
+            fixed, each = costs[name]
+            cost = fixed + each * float(np.mean(drafted))
         per_pass = float(np.mean([r["tokens_per_pass"] for r in greedy.values()]))
         averaged = AVERAGED if set(AVERAGED) <= greedy.keys() else tuple(greedy)
         named = [greedy[c] for c in averaged]

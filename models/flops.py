@@ -19,17 +19,22 @@ def layer_flops(cfg: Config, context: int) -> float:
     return projections + attention + 2.0 * matrices * cfg.hidden_size * cfg.intermediate_size
 
 
-def product_flops(function: Callable[..., Any], *arguments: Any) -> float:
+def product_flops(
+    function: Callable[..., Any], *arguments: Any, turns: float | None = None
+) -> float:
     """FLOPs of all matrix products of one call, from its jaxpr.
 
     A ``scan`` counts every turn (the compiler's own cost analysis counts one), a ``cond`` its
     dearest branch. Rows that products are filled up with on a CPU do not count.
 
+    Args:
+        turns: of every ``while`` loop.
+
     Raises:
-        ValueError: a product in a ``while`` loop, whose number of turns is not known.
+        ValueError: a product in a ``while`` loop whose number of turns is not given.
     """
     with target("gpu"):  # plain products, as asked for
-        return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+        return _count(jax.make_jaxpr(function)(*arguments).jaxpr, turns)
 
 
 def product_depth(jaxpr: Any, around: int = 0) -> int:
@@ -52,10 +57,10 @@ def product_depth(jaxpr: Any, around: int = 0) -> int:
     return deepest
 
 
-def _count(jaxpr: Any) -> float:
+def _count(jaxpr: Any, turns: float | None) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
-        inner = [_count(part) for part in _jaxprs(equation.params)]
+        inner = [_count(part, turns) for part in _jaxprs(equation.params)]
         match equation.primitive.name:
             case "dot_general":
                 (contracted, _), _ = equation.params["dimension_numbers"]
@@ -66,7 +71,11 @@ def _count(jaxpr: Any) -> float:
             case "cond":
                 total += max(inner)
             case "while" if sum(inner) > 0:
-                raise ValueError("a product in a while loop has no known cost: use a scan.")
+                if turns is None:
+                    raise ValueError(
+                        "a product in a while loop has no known cost: use a scan, or give turns."
+                    )
+                total += turns * sum(inner)
             case _:
                 total += sum(inner)
     return total

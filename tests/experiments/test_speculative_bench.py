@@ -11,8 +11,10 @@ from experiments import measure, statements
 from experiments import speculative_bench as bench
 from experiments.bare_loop import loop_overhead
 from inference.drafter import NoDrafter
+from inference.drafters.adaptive import AdaptiveDraftModel, AdaptiveParams, Fixed, Limits
 from inference.engine import generated
 from inference.loop import init_stats
+from models import decoder
 from models.load import Model
 from ops.sampling import SamplingParams
 from research.speculative.token_recycling.drafter import TokenRecycling
@@ -162,6 +164,16 @@ def test_a_search_ends_before_it_is_timed(folder: pathlib.Path, model: Model, mo
             assert looked_on == (name == "swift:3")
     with pytest.raises(ValueError, match="lookup does not search"):
         bench.make_sides(settings(folder, drafters=("found:lookup",)), model, {})
+
+
+def test_a_draft_that_ends_itself_costs_by_what_it_drafts(model: Model):
+    draft = AdaptiveDraftModel(model.cfg, 4, rule=Fixed())
+    params = AdaptiveParams(decoder.unstack(model.params), Limits.make(longest=4))
+    fixed, each = bench.draft_costs(model, draft, params, [1, 2, 3])
+    assert 0.9 < each < 1.1  # the model drafts for itself, a pass per token
+    # Its own cache takes in what the last round kept, four tokens at most.
+    assert 0.5 < fixed < 5
+    assert bench.draft_costs(model, NoDrafter(), None, [1, 2, 3]) == [0, 0]
 
 
 def test_texts_that_are_not_greedy_are_not_summarised(folder: pathlib.Path):

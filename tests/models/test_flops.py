@@ -33,6 +33,7 @@ def test_loops_count_every_turn_and_branches_the_dearest() -> None:
     endless = lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ a, x)
     with pytest.raises(ValueError, match="while loop"):
         product_flops(endless, a)
+    assert product_flops(endless, a, turns=2.5) == 2.5 * one
 
 
 def test_loops_around_products() -> None:
