@@ -181,6 +181,7 @@ TABLES: tuple[Rendered, ...] = (
     Table("bench-shipped", PAGE, SHIPPED, SUMMARY_HEADER, summary_row, kind("summary")),
     Statements("bench-shipped-statements", PAGE, SHIPPED, unit="repeats"),
     Table("bench-shipped-sides", PAGE, SHIPPED, SIDE_HEADER, side_row, kind("side")),
+    Table("bench-shipped-batch", PAGE, SHIPPED, BATCH_HEADER, batch_row, kind("batch")),
     Table("bench-batch", PAGE, BATCHES, BATCH_HEADER, batch_row, kind("batch")),
     Table("bench-cost", PAGE, SMOLLM2, COST_HEADER, cost_row, kind("cost")),
     Table(
