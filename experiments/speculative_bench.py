@@ -28,8 +28,8 @@ from absl import app, flags, logging
 from experiments import measure, record, statements
 from experiments.bare_loop import loop_overhead
 from experiments.settings import from_flags
+from experiments.speculative_bench_statements import AVERAGED, STATEMENTS
 from experiments.speculative_peers import Peers
-from experiments.statements import Statement, value
 from inference.drafter import NoDrafter, shares_state
 from inference.drafters.lookup import LookupDrafter
 from inference.drafters.registry import make_drafter
@@ -43,8 +43,6 @@ from train.data.prompts import load_prompts
 
 RATIOS = (1.0, 1.25, 1.5, 2.0)
 """Costs of a pass over a draft, in passes over one token, for which a speedup is modelled."""
-AVERAGED = ("chat", "code", "math")
-"""Categories of which the mean speedup is asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -391,53 +389,6 @@ def own_layers(rows: Sequence[dict[str, Any]]) -> float:
     """
     shares = [row["layer_passes"] * row["tokens_per_pass"] - 1 for row in rows]
     return max(0.0, round(float(np.mean(shares)), 6))
-
-
-def _best(rows: dict[str, dict[str, Any]], name: str, seed: int) -> float:
-    return max(value(row, name, seed) for row in rows.values())
-
-
-def _best_of(name: str) -> Callable[[dict[str, dict[str, Any]]], str]:
-    def told(rows: dict[str, dict[str, Any]]) -> str:
-        best = max(rows, key=lambda method: rows[method][name]["mean"])
-        return f"{rows[best][name]['mean']:.2f}x by {best}"
-
-    return told
-
-
-def _is_fast_in_the_mean(rows: dict[str, dict[str, Any]], seed: int) -> bool:
-    if set(AVERAGED) - set(rows["none"]["mean_of"]):
-        raise KeyError("a category of the mean was not measured")
-    return _best(rows, "mean_speedup", seed) > 1.2
-
-
-STATEMENTS = (
-    Statement(
-        "the best drafter is at least 1.5 times as fast as plain decoding in its best category",
-        ("none",),
-        lambda rows, seed: _best(rows, "best_speedup", seed) >= 1.5,
-        _best_of("best_speedup"),
-    ),
-    Statement(
-        "and more than 1.2 times as fast in the mean over chat, code and math",
-        ("none",),
-        _is_fast_in_the_mean,
-        _best_of("mean_speedup"),
-    ),
-    Statement(
-        "the loop without a drafter takes less than 5% more than the model alone",
-        ("none",),
-        lambda rows, seed: rows["none"]["overhead"] < 0.05,
-        lambda rows: f"{100 * rows['none']['overhead']:.1f}%, the median",
-    ),
-    Statement(
-        "no greedy token of any drafter differs from plain decoding but by a near-tie",
-        ("none",),
-        lambda rows, seed: all(
-            row["exactness"]["differing"] == row["exactness"]["near_ties"] for row in rows.values()
-        ),
-    ),
-)
 
 
 def main(_: Sequence[str]) -> None:

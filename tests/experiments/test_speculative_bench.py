@@ -10,6 +10,7 @@ import pytest
 from experiments import measure, statements
 from experiments import speculative_bench as bench
 from experiments.bare_loop import loop_overhead
+from experiments.speculative_bench_statements import AVERAGED, STATEMENTS
 from inference.drafter import NoDrafter
 from inference.drafters.adaptive import AdaptiveDraftModel, AdaptiveParams, Fixed, Limits
 from inference.engine import generated
@@ -67,7 +68,7 @@ def test_statements_look_at_the_best_drafter():
     def side(mean: float, best: float) -> dict[str, Any]:
         exact = {"differing": 0, "near_ties": 0}
         return {
-            "mean_of": bench.AVERAGED,
+            "mean_of": AVERAGED,
             "mean_speedup": {"mean": mean, "samples": [mean]},
             "overhead": 0.01,
             "best_speedup": {"mean": best, "samples": [best]},
@@ -75,12 +76,12 @@ def test_statements_look_at_the_best_drafter():
         }
 
     rows = [{"method": "none"} | side(1.0, 1.0), {"method": "lookup"} | side(1.3, 1.4)]
-    held = [a["holds"] for a in statements.answer(rows, bench.STATEMENTS, 1)]
+    held = [a["holds"] for a in statements.answer(rows, STATEMENTS, 1)]
     assert held == [False, True, True, True]
     rows[1]["exactness"] = {"differing": 2, "near_ties": 1}
-    assert not statements.answer(rows, bench.STATEMENTS, 1)[3]["holds"]
+    assert not statements.answer(rows, STATEMENTS, 1)[3]["holds"]
     rows[0]["mean_of"] = ("code",)
-    assert statements.answer(rows, bench.STATEMENTS, 1)[1]["holds"] is None
+    assert statements.answer(rows, STATEMENTS, 1)[1]["holds"] is None
 
 
 def test_layers_that_draft_are_what_the_rounds_ran_beyond_their_passes():
