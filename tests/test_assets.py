@@ -135,6 +135,7 @@ def test_drafters_are_complete_small_and_draft(name: str) -> None:
     assert out.tokens_per_pass > 1.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", lc_pfn_io.shipped())
 def test_curve_predictors_are_complete_and_know_their_prior(name: str) -> None:
     """Likelier than the last value with a normal law; intervals cover what they say."""

@@ -319,6 +319,7 @@ def test_without_windows_no_loss_is_measured(folder: pathlib.Path, monkeypatch):
     assert {row["kind"] for row in run(asked)} == {"task", "summary"}
 
 
+@pytest.mark.slow
 def test_policies_are_added_to_a_result(folder: pathlib.Path, monkeypatch):
     asked_of = []
 

@@ -42,6 +42,7 @@ def train(config: Any, folder: pathlib.Path) -> loop.Result:
     return loop.train(build(TrainConfig, config.to_dict()), folder, mesh)
 
 
+@pytest.mark.slow
 def test_a_short_run_learns_and_exports(tmp_path: pathlib.Path):
     config = tiny()
     config.steps, config.optimizer.learning_rate = 100, 1e-2

@@ -129,6 +129,7 @@ def measured() -> Any:
     return run(weights(config()), config(), policy, jnp.asarray(prompts(150)))
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_by_layer_and_head():
     got = measured()
     for name in ("full", "local", "layered"):

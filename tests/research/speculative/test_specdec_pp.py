@@ -252,6 +252,7 @@ def adaptive(model: Any, bounds: Limits, learnt: Any) -> Any:
     return AdaptiveParams(model, bounds, learnt)
 
 
+@pytest.mark.slow
 def test_the_oracle_discards_one_token_per_round_at_most():
     model = OracleDraftModel(CFG, LENGTH)
     got = generate(model, adaptive(near(), Limits.make(1.0, 1, LENGTH), None), SAMPLED)

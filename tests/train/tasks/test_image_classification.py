@@ -46,7 +46,7 @@ def made(variant: str, **fields: Any) -> tuple[Any, Context]:
     return build_task(built), Context(built, make_mesh("", jax.devices()[:1]))
 
 
-@pytest.mark.parametrize("variant", ["learned", "seqpe"])
+@pytest.mark.parametrize("variant", ["learned", pytest.param("seqpe", marks=pytest.mark.slow)])
 def test_two_updates(variant: str, tmp_path: pathlib.Path):
     config = settings(variant)
     built, mesh = build(TrainConfig, config.to_dict()), make_mesh("", jax.devices()[:1])
