@@ -26,6 +26,7 @@ from inference.cache import init_cache
 from inference.loop import prefill_chunk
 from inference.policies.dual_chunk import DualChunkPolicy
 from inference.policies.vertical_slash import with_budgets
+from inference.tuning import in_turn
 from models import decoder
 from models.attention import Step
 from models.load import Model, load
@@ -71,6 +72,16 @@ def prefill(
     return decoder.forward(params, cfg, tokens, step=step, policy=policy, layers=layers).pre_norm
 
 
+def prefill_seconds(
+    name: str, model: Model, tokens: jax.Array, policy: Any, layers: decoder.LayerChoice
+) -> float:
+    """Seconds through some layers; says what is running."""
+    print(tokens.shape[1], name, flush=True)
+    start = time.perf_counter()
+    prefill(model.params, model.cfg, tokens, policy, layers).block_until_ready()
+    return time.perf_counter() - start
+
+
 def run_speed(settings: Settings, model: Model) -> list[dict[str, Any]]:
     """Rows of seconds and tokens per second through the first layers, sides in turn."""
     rows = []
@@ -80,12 +91,12 @@ def run_speed(settings: Settings, model: Model) -> list[dict[str, Any]]:
         layers = decoder.LayerChoice(0, settings.layers)
         seconds: dict[str, list[float]] = {name: [] for name in policies}
         load_before = os.getloadavg()
-        for i in range(settings.repeats + 1):  # the first time is the compiler's
-            for name in list(policies) if i % 2 else reversed(policies):
-                print(length, name, flush=True)
-                start = time.perf_counter()
-                prefill(model.params, model.cfg, tokens, policies[name], layers).block_until_ready()
-                seconds[name] += [time.perf_counter() - start] if i else []
+        ways = {
+            name: functools.partial(prefill_seconds, name, model, tokens, policy, layers)
+            for name, policy in policies.items()
+        }
+        for repeat, name, taken in in_turn(ways, settings.repeats):
+            seconds[name] += [taken] if repeat else []
         fastest = min(np.median(seconds[name]) for name in ("dense", "dual chunk"))
         for name in policies:
             one = kept.get(name)

@@ -98,27 +98,37 @@ def exactness(
     return Exactness(total, differing, near, error, mismatches)
 
 
-def draft_cost(
-    model: Model, drafter: Drafter, params: Any, prompt: Sequence[int], drafted: float | None = None
-) -> float:
+def draft_cost(model: Model, drafter: Drafter, params: Any, prompt: Sequence[int]) -> float:
     """FLOPs of one draft's matrix products as a share of those of one plain pass.
 
-    Args:
-        drafted: tokens of a draft, for drafters that end theirs as they see fit. The first is drawn
-            in any case, each other by a turn of a loop.
-
     Raises:
-        ValueError: such a drafter without ``drafted``.
+        ValueError: a drafter that ends its drafts as it sees fit.
+    """
+    cost, each = draft_costs(model, drafter, params, prompt)
+    if each:
+        raise ValueError(
+            f"what a draft of {type(drafter).__name__} costs depends on its tokens: see draft_costs"
+        )
+    return cost
+
+
+def draft_costs(
+    model: Model, drafter: Drafter, params: Any, prompt: Sequence[int]
+) -> tuple[float, float]:
+    """What a draft costs, by FLOPs of matrix products in plain passes: in any case, and per token.
+
+    The second is 0 but for drafters that end a draft as they see fit. Theirs is a turn of a loop;
+    the first token is drawn in front of it.
     """
     if isinstance(drafter, NoDrafter):
-        return 0.0
+        return 0.0, 0.0
     greedy = SamplingParams.make()
-    turns = None if drafted is None else max(0.0, drafted - 1.0)
 
-    def flops(drafter: Drafter, params: Any, function: Any) -> float:
+    def flops(drafter: Drafter, params: Any, function: Any, *turns: float) -> list[float]:
         engine = make_engine(model.params, model.cfg, drafter=drafter, drafter_params=params)
         state, seeds = engine.start([prompt], 32, greedy)
-        return product_flops(function, engine.params, params, state, seeds, turns=turns)
+        given = engine.params, params, state, seeds
+        return [product_flops(function, *given, turns=n) for n in turns]
 
     def draft(weights: Any, params: Any, state: State, seeds: Any) -> Any:
         extent = state.cache.capacity
@@ -140,7 +150,10 @@ def draft_cost(
             "greedy",
         )
 
-    return flops(drafter, params, draft) / flops(NoDrafter(), None, plain)
+    (one,) = flops(NoDrafter(), None, plain, 0.0)
+    first, second = flops(drafter, params, draft, 0.0, 1.0)
+    each = (second - first) / one
+    return first / one - each, each
 
 
 def generate(

@@ -34,7 +34,7 @@ from inference.drafter import NoDrafter, shares_state
 from inference.drafters.lookup import LookupDrafter
 from inference.drafters.registry import make_drafter
 from inference.engine import Engine, bucket, generated, make_engine
-from inference.tuning import WIDTHS, pass_seconds, tuned
+from inference.tuning import WIDTHS, in_turn, pass_seconds, tuned
 from models.layout import by_rows, for_decoding
 from models.load import Model, load
 from models.params import nbytes
@@ -180,19 +180,17 @@ def decode_category(
         for name in names[len(engines) :]:
             assert peers is not None
             ways[name] = functools.partial(peers.decode, name, prompt, settings.new_tokens)
-        for repeat in range(settings.repeats + 1):  # the first time is the compiler's
-            for name in names if repeat % 2 else reversed(names):
-                taken, made = ways[name]()
-                if repeat:
-                    seconds[name][repeat - 1] += taken
-                elif name in engines:
-                    emitted[name] += int(made.stats.emitted[0])
-                    states[name].append((made.stats, state_bytes(made)))
-                    texts[name].append(generated(made, [prompt])[0])
-                    if name in memory:
-                        memory[name] = made.drafter
-                else:
-                    emitted[name] += made
+        for repeat, name, (taken, made) in in_turn(ways, settings.repeats):
+            if repeat:
+                seconds[name][repeat - 1] += taken
+            elif name in engines:
+                emitted[name] += int(made.stats.emitted[0])
+                states[name].append((made.stats, state_bytes(made)))
+                texts[name].append(generated(made, [prompt])[0])
+                if name in memory:
+                    memory[name] = made.drafter
+            else:
+                emitted[name] += made
     rows: dict[str, dict[str, Any]] = {}
     rates = {name: emitted[name] / seconds[name] for name in names}
     for name in names:
@@ -252,10 +250,8 @@ def batched(
             for name, engine in engines.items()
         }
         rates: dict[str, list[float]] = {name: [] for name in engines}
-        for repeat in range(settings.repeats + 1):
-            for name in engines if repeat % 2 else reversed(engines):
-                taken, state = ways[name]()
-                rates[name] += [int(np.sum(state.stats.emitted)) / taken] if repeat else []
+        for repeat, name, (taken, state) in in_turn(ways, settings.repeats):
+            rates[name] += [int(np.sum(state.stats.emitted)) / taken] if repeat else []
         rows += [
             {
                 "kind": "batch", "drafter": name, "batch": batch,
@@ -292,7 +288,7 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     sides = make_sides(settings, model, seconds)
     engines = make_engines(model, sides)
     given = [prompt for each in prompts.values() for prompt in each]
-    costs = {name: draft_costs(model, *side, given[0]) for name, side in sides.items()}
+    costs = {name: measure.draft_costs(model, *side, given[0]) for name, side in sides.items()}
     memories = experience(settings, model, engines, slots(settings, engines))
     engines = after_search(engines)
     greedy: dict[str, list[list[int]]] = {name: [] for name in engines}
@@ -316,19 +312,10 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     return [*rows, *summaries(model, sides, costs, given, greedy, rows)]
 
 
-def draft_costs(model: Model, drafter: Any, params: Any, prompt: Sequence[int]) -> list[float]:
-    """What a draft costs in plain passes: in any case, and more for each token that it drafts.
-
-    The second is 0 but for drafters that end a draft as they see fit.
-    """
-    one, two = (measure.draft_cost(model, drafter, params, prompt, n) for n in (1.0, 2.0))
-    return [one - (two - one), two - one]
-
-
 def summaries(
     model: Model,
     sides: dict[str, tuple[Any, Any]],
-    costs: dict[str, list[float]],
+    costs: dict[str, tuple[float, float]],
     given: Sequence[Sequence[int]],
     texts: dict[str, list[list[int]]],
     rows: Sequence[dict[str, Any]],
@@ -336,7 +323,7 @@ def summaries(
     """A row per side of ours: exactness, cost of a draft, memory, speedups modelled and mean.
 
     Args:
-        costs: see :func:`draft_costs`.
+        costs: see :func:`experiments.measure.draft_costs`.
         texts: what each side generated after each of the prompts ``given``, greedily.
         rows: those of every side, category and temperature.
     """

@@ -7,7 +7,7 @@ and several times as long on a CPU. So how much to draft is measured, not assume
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -64,16 +64,25 @@ def pass_seconds(
 def seconds_in_turn(
     engines: Mapping[Any, Engine], prompts: Sequence[Sequence[int]], tokens: int, repeats: int
 ) -> dict[Any, list[float]]:
-    """Seconds of ``repeats`` rounds of each engine, by its name.
-
-    Engines take turns, so that a drifting machine hits all of them; every other turn is reversed.
-    """
+    """Seconds of ``repeats`` rounds of each engine, by its name; see :func:`in_turn`."""
     taken: dict[Any, list[float]] = {name: [] for name in engines}
-    for repeat in range(repeats + 1):  # the first time is the compiler's
-        for name in engines if repeat % 2 else reversed(list(engines)):
-            seconds = round_seconds(engines[name], prompts, tokens)
-            taken[name] += [seconds] if repeat else []
+    ways = {n: functools.partial(round_seconds, e, prompts, tokens) for n, e in engines.items()}
+    for repeat, name, seconds in in_turn(ways, repeats):
+        taken[name] += [seconds] if repeat else []
     return taken
+
+
+def in_turn(ways: Mapping[Any, Callable[[], Any]], repeats: int) -> Iterator[tuple[int, Any, Any]]:
+    """Call every way ``repeats`` times, and once before that as repeat 0, which is the compiler's.
+
+    Ways take turns, so that a drifting machine hits all of them; every other turn is reversed.
+
+    Yields:
+        The repeat, the way's name, and what it gave.
+    """
+    for repeat in range(repeats + 1):
+        for name in ways if repeat % 2 else reversed(list(ways)):
+            yield repeat, name, ways[name]()
 
 
 def best_count(

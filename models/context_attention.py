@@ -56,7 +56,7 @@ def context_attention(
     """
     t, s = q.shape[1], k.shape[1]
     count = jax.sharding.get_abstract_mesh().shape[axis]
-    split = t >= SPLIT_FROM and t % count == 0
+    split = _splits(t, count)
     ring = split and _bytes_of_keys(k, v) < _bytes_of_queries(q, v)
     queries = axis if split else None
     mask = mask.with_positions(t, s)
@@ -64,7 +64,9 @@ def context_attention(
     def on_device(q: Array, k: Array, v: Array, mask: AttentionMask) -> tuple[Array, Array]:
         if ring:
             return _keys_travel(call, q, k, v, mask, axis, count)
-        return _queries_travel(call, q, k, v, mask, axis, split)
+        size = k.shape[1]
+        own = of_shard(mask, jax.lax.axis_index(axis) * size, size)
+        return _queries_travel(lambda q: call(q, k, v, own), q, axis, split)
 
     return over(
         on_device,
@@ -76,6 +78,11 @@ def context_attention(
         ),
         out_specs=(PartitionSpec(rows, queries, heads), PartitionSpec(rows, queries, heads)),
     )(q, k, v, mask)
+
+
+def _splits(t: int, count: int) -> bool:
+    """Whether ``t`` queries are split over ``count`` devices outside of the attention."""
+    return t >= SPLIT_FROM and t % count == 0
 
 
 def _bytes_of_keys(k: Array, v: Array) -> int:
@@ -129,25 +136,17 @@ def of_shard(mask: AttentionMask, first: Any, size: int) -> AttentionMask:
 
 
 def _queries_travel(
-    call: Callable[..., Any],
-    q: Array,
-    k: Array,
-    v: Array,
-    mask: AttentionMask,
-    axis: str,
-    split: bool,
+    attend: Callable[[Array], Any], q: Array, axis: str, split: bool
 ) -> tuple[Array, Array]:
-    """All queries over this device's slots, merged with those of the other devices."""
+    """All queries over this device's slots, merged with those of the other devices.
+
+    Args:
+        attend: attention of queries to this device's slots.
+        split: each device comes with its own queries and keeps theirs.
+    """
     if split:
         q = jax.lax.all_gather(q, axis, axis=1, tiled=True)
-    size = k.shape[1]
-    mask = of_shard(mask, jax.lax.axis_index(axis) * size, size)
-    out, lse = call(q, k, v, mask)
-    return _merged(out, lse, axis, split)
-
-
-def _merged(out: Array, lse: Array, axis: str, split: bool) -> tuple[Array, Array]:
-    """The outputs over the devices' shares as one; with ``split`` each keeps its own queries'."""
+    out, lse = attend(q)
     top = jax.lax.pmax(jax.lax.stop_gradient(lse), axis)
     # A shard that shows nothing has lse -inf and weight 0, also where all are such.
     top = jnp.where(top > -jnp.inf, top, 0.0)
@@ -164,7 +163,7 @@ def _merged(out: Array, lse: Array, axis: str, split: bool) -> tuple[Array, Arra
     filled = total > 0
     total = jnp.where(filled, total, 1.0)
     lse = jnp.where(filled, top + jnp.log(total), -jnp.inf)
-    return (summed / total[..., None]).astype(out.dtype), lse
+    return (summed / total[..., None]).astype(q.dtype), lse
 
 
 def shares_attention(
@@ -191,15 +190,12 @@ def shares_attention(
         over, rows, heads: see :func:`context_attention`.
     """
     count = jax.sharding.get_abstract_mesh().shape[axis]
-    split = q.shape[1] >= SPLIT_FROM and q.shape[1] % count == 0
+    split = _splits(q.shape[1], count)
     queries = PartitionSpec(rows, axis if split else None, heads)
     slots = PartitionSpec(rows, axis, heads)
 
     def on_device(q: Array, k: Array, v: Array, by_row: Any, *by_head: Array) -> Any:
-        if split:
-            q = jax.lax.all_gather(q, axis, axis=1, tiled=True)
-        out, lse = call(q, k, v, by_row, *by_head)
-        return _merged(out, lse, axis, split)
+        return _queries_travel(lambda q: call(q, k, v, by_row, *by_head), q, axis, split)
 
     return over(
         on_device,

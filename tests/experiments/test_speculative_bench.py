@@ -170,11 +170,13 @@ def test_a_search_ends_before_it_is_timed(folder: pathlib.Path, model: Model, mo
 def test_a_draft_that_ends_itself_costs_by_what_it_drafts(model: Model):
     draft = AdaptiveDraftModel(model.cfg, 4, rule=Fixed())
     params = AdaptiveParams(decoder.unstack(model.params), Limits.make(longest=4))
-    fixed, each = bench.draft_costs(model, draft, params, [1, 2, 3])
+    fixed, each = measure.draft_costs(model, draft, params, [1, 2, 3])
     assert 0.9 < each < 1.1  # the model drafts for itself, a pass per token
     # Its own cache takes in what the last round kept, four tokens at most.
     assert 0.5 < fixed < 5
-    assert bench.draft_costs(model, NoDrafter(), None, [1, 2, 3]) == [0, 0]
+    with pytest.raises(ValueError, match="depends on its tokens"):
+        measure.draft_cost(model, draft, params, [1, 2, 3])
+    assert measure.draft_costs(model, NoDrafter(), None, [1, 2, 3]) == (0, 0)
 
 
 def test_texts_that_are_not_greedy_are_not_summarised(folder: pathlib.Path):
