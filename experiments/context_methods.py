@@ -7,8 +7,8 @@ the first seed; the rate whose model reads validation text of ``--choose_length`
 the method's own length, where it has one) is taken for the other seeds. Then all of them, and the
 policies that need no training, read the same texts and answer the same tasks
 (:mod:`experiments.long_context`), a seed of training with a seed of texts. The same command goes on
-where it was stopped. ``--extend`` adds methods to the result of one seed that is there, with its
-settings: only what it lacks is trained and measured. ``--answer`` runs nothing: it answers the
+where it was stopped. ``--extend`` adds methods or seeds to the result of one seed that is there, with
+its settings: only what it lacks is trained and measured. ``--answer`` runs nothing: it answers the
 statements of the result anew, from its rows. The corpora are those of ``configs/records_lm.py`` and
 ``configs/giraffe.py``, and for the methods ``text`` and ``tasks``:
 
@@ -23,6 +23,7 @@ import concurrent.futures
 import dataclasses
 import json
 import pathlib
+import statistics as stats
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -80,16 +81,22 @@ def in_parallel(commands: Sequence[Sequence[str]], jobs: int, logs: pathlib.Path
 
 
 def extended(settings: Settings, result: dict[str, Any]) -> Settings:
-    """Settings of a result with more methods; its rows and rates count as known in the folder.
+    """Settings of a result with more methods or seeds; its rows and rates count as known.
 
     Raises:
-        ValueError: the result has several seeds, whose rows are joined, or other settings.
+        ValueError: the result has several seeds, whose rows are joined, or its seed is not the
+            first of the settings, or it has other settings.
     """
     if len(result["seeds"]) != 1:
         raise ValueError(
             "the rows of several seeds cannot be told apart: extend a result of one seed."
         )
-    record.check_extends(result, settings, ("methods", "folder", "jobs"))
+    if result["seeds"][0] != settings.seeds[0]:
+        raise ValueError(
+            f"the result has seed {result['seeds'][0]}, by which its rates were chosen: name it "
+            "first in --seeds."
+        )
+    record.check_extends(result, settings, ("methods", "seeds", "folder", "jobs"))
     rates = {row["method"]: row for row in result["rows"] if row["kind"] == "rates"}
     kept = {m: {"losses": row["losses"], "best": row["best"]} for m, row in rates.items()}
     rows = [row for row in result["rows"] if row["kind"] not in ("rates", "summary")]
@@ -217,16 +224,22 @@ def _read(path: pathlib.Path, otherwise: Any) -> Any:
 
 
 def merged(parts: Sequence[Any]) -> Any:
-    """The same row of several seeds as one: samples are joined, all else must agree.
+    """The same row of several seeds as one: samples are joined, all but chance must agree.
+
+    A bucket that no example of a seed fell into (None) joins by the others' samples.
 
     Raises:
         ValueError: what is no sample differs between the seeds.
     """
+    known = [part for part in parts if part is not None]
+    if known and isinstance(known[0], dict) and "samples" in known[0]:
+        return record.sample([x for part in known for x in part["samples"]])
     first = parts[0]
-    if isinstance(first, dict) and "samples" in first:
-        return record.sample([x for part in parts for x in part["samples"]])
     if isinstance(first, dict):
-        return {key: merged([part[key] for part in parts]) for key in first}
+        joined = {key: merged([part[key] for part in parts]) for key in first if key != "chance"}
+        # That of the seeds' own prompts, which differ.
+        chance = [part["chance"] for part in parts if "chance" in part]
+        return joined | ({"chance": stats.fmean(chance)} if chance else {})
     if isinstance(first, list):
         return [merged(list(items)) for items in zip(*parts, strict=True)]
     if any(part != first for part in parts):
@@ -339,7 +352,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("batch", 8, "Rows of a pass.", lower_bound=1)
     flags.DEFINE_integer("jobs", 1, "Trainings or evaluations at a time.", lower_bound=1)
     flags.DEFINE_integer("evaluate_seed", -1, "Only evaluate this seed's models.")
-    flags.DEFINE_bool("extend", False, "Add --methods to the result that is there.")
+    flags.DEFINE_bool("extend", False, "Add --methods or --seeds to the result that is there.")
     flags.DEFINE_bool("answer", False, "Only answer the statements of the result, from its rows.")
     flags.DEFINE_float("loss_threshold", 0.05, "Nats above the loss in range that still count.")
     flags.DEFINE_float("accuracy_threshold", 0.8, "Share of the accuracy in range that counts.")

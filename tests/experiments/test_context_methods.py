@@ -181,6 +181,23 @@ def test_a_result_is_extended_by_what_it_lacks(
     assert methods.rows_of(given, 0) == rows
 
 
+def test_a_result_is_extended_by_seeds(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    result = a_result(tmp_path)
+    given = methods.extended(settings(tmp_path / "more", methods=("linear",), seeds=(0, 1)), result)
+    trained: list[Any] = []
+    monkeypatch.setattr(methods, "train_all", lambda _, pairs: trained.extend(pairs))
+    monkeypatch.setattr(methods, "policies_of", lambda *_: {"dense": "dense"})
+    commands: list[Any] = []
+    monkeypatch.setattr(methods, "in_parallel", lambda words, *_: commands.extend(words))
+    with pytest.raises(ValueError):  # The evaluation, which is not run here, would write the rows.
+        methods.run(given)
+    # The rate that the first seed chose is what the second is trained with.
+    assert trained == [("linear", RATES["linear"]["best"], 1)]
+    assert [words[-1] for words in commands] == ["--evaluate_seed=1"]
+    with pytest.raises(ValueError, match=r"has seed 0.*first in --seeds"):
+        methods.extended(settings(tmp_path / "more", seeds=(1, 0)), result)
+
+
 def test_a_result_of_other_settings_is_not_extended(tmp_path: pathlib.Path):
     result = a_result(tmp_path)
     for changes, message in (
@@ -210,6 +227,17 @@ def test_rows_of_several_seeds_become_one():
     assert joined["edges"] == [1, 2]
     with pytest.raises(ValueError, match="seeds disagree on 'a'"):
         methods.merged([row(1.0, extra="a"), row(1.0, extra="b")])
+
+
+def test_chance_and_empty_buckets_of_seeds_join():
+    def row(chance: float, *buckets: float | None) -> dict[str, Any]:
+        found = [None if value is None else record.sample([value]) for value in buckets]
+        return {"chance": chance, "by_position": found}
+
+    joined = methods.merged([row(0.2, None, 1.0, None), row(0.4, 0.5, 0.0, None)])
+    assert joined["chance"] == pytest.approx(0.3)
+    samples = [bucket and bucket["samples"] for bucket in joined["by_position"]]
+    assert samples == [[0.5], [1.0, 0.0], None]
 
 
 def flat(**losses: float) -> dict[str, Any]:
