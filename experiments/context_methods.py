@@ -7,10 +7,10 @@ the first seed; the rate whose model reads validation text of ``--choose_length`
 the method's own length, where it has one) is taken for the other seeds. Then all of them, and the
 policies that need no training, read the same texts and answer the same tasks
 (:mod:`experiments.long_context`), a seed of training with a seed of texts. The same command goes on
-where it was stopped. ``--extend`` adds methods or seeds to the result of one seed that is there, with
-its settings: only what it lacks is trained and measured. ``--answer`` runs nothing: it answers the
-statements of the result anew, from its rows. The corpora are those of ``configs/records_lm.py`` and
-``configs/giraffe.py``, and for the methods ``text`` and ``tasks``:
+where it was stopped. ``--extend`` adds methods or seeds to the result of one seed that is there,
+with its settings: only what it lacks is trained and measured. ``--answer`` runs nothing: it answers
+the statements of the result anew, from its rows. The corpora are those of
+``configs/records_lm.py`` and ``configs/giraffe.py``, and for the methods ``text`` and ``tasks``:
 
     python -m train.data.records --tokenizer=assets/python-5m --length=255 --tokens=3000000 \\
         --seed=2 --share=0 --out=runs/records_text.jsonl

@@ -102,6 +102,32 @@ class AttentionPolicy(Protocol):
 
 
 @runtime_checkable
+class LendingPolicy(Protocol):
+    """A policy whose cached keys another network's queries may meet, as LongSpec's layer does."""
+
+    def cached_keys(self, layer: Any, shared: Any, k: Array) -> Float[Array, "b t g wide"]:
+        """New keys (b, t, g, d) as :meth:`AttentionPolicy.attend` writes them to the cache."""
+        ...
+
+    def cross_attend(
+        self,
+        layer: Any,
+        shared: Any,
+        q: Array,
+        k: Array,
+        v: Array,
+        step: Step,
+        mask: AttentionMask,
+    ) -> Float[Array, "b t h dv"]:
+        """Queries of the step's tokens, projected only, over keys as they are cached.
+
+        Args:
+            mask: what they see, without a tree; a policy's own window is not part of it.
+        """
+        ...
+
+
+@runtime_checkable
 class EmbeddingPolicy(Protocol):
     """A policy that also says how tokens become layer inputs, for positions that are added there.
 
@@ -271,16 +297,33 @@ class DensePolicy:
     ) -> Attended:
         """See :class:`AttentionPolicy`."""
         scale = q.shape[-1] ** -0.5  # before channels for positions are added
-        if shared is not None:
-            q = shared.rotate_q(q)
-            if not (shared.rotate_cached_keys and cache is not None):
-                k = shared.rotate_k(k)
+        k = self.cached_keys(layer, shared, k)
         if cache is not None:
             cache = cache.append(k, v, step.start)
             k, v = cache.read(step.extent)
-            if shared is not None and shared.rotate_cached_keys:
-                k = shared.rotate_k(k)
+        q, k = _rotate(shared, q, k)
         return Attended(out=self.mix(layer, q, k, v, step, cache is not None, scale), cache=cache)
+
+    def cached_keys(
+        self, layer: Any, shared: Rope | Alibi | None, k: Float[Array, "b t g d"]
+    ) -> Float[Array, "b t g wide"]:
+        """See :class:`LendingPolicy`."""
+        return k if shared is None or shared.rotate_cached_keys else shared.rotate_k(k)
+
+    def cross_attend(
+        self,
+        layer: Any,
+        shared: Rope | Alibi | None,
+        q: Float[Array, "b t h d"],
+        k: Float[Array, "b s g wide"],
+        v: Float[Array, "b s g dv"],
+        step: Step,
+        mask: AttentionMask,
+    ) -> Float[Array, "b t h dv"]:
+        """See :class:`LendingPolicy`."""
+        scale = q.shape[-1] ** -0.5
+        q, k = _rotate(shared, q, k)
+        return mesh_attention(q, k, v, mask=mask, scale=scale, implementation=self.implementation)
 
     def mix(
         self,
@@ -297,6 +340,13 @@ class DensePolicy:
         return mesh_attention(
             q, k, v, mask=mask, scale=scale, implementation=self.implementation, blocks=self.blocks
         )
+
+
+def _rotate(shared: Rope | Alibi | None, q: Array, k: Array) -> tuple[Array, Array]:
+    """Queries, and keys that lie raw in the cache, as they meet."""
+    if shared is None:
+        return q, k
+    return shared.rotate_q(q), shared.rotate_k(k) if shared.rotate_cached_keys else k
 
 
 def dense_mask(step: Step, window: Any, cached: bool) -> AttentionMask:

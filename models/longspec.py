@@ -17,7 +17,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from models import decoder
-from models.attention import AttentionPolicy, Rope, Step
+from models.attention import AttentionPolicy, EmbeddingPolicy, LendingPolicy, Rope, Step, make_rope
 from models.layers import (
     Layer,
     Linear,
@@ -31,7 +31,6 @@ from models.layers import (
     normalize,
     project,
 )
-from models.mesh_attention import mesh_attention
 from models.params import Normal, ParamSpec
 from models.sharding import mesh_in_force
 from ops.attention import AttentionMask, attention, hybrid_tree_attention
@@ -90,8 +89,22 @@ class Params:
 
 
 @struct.dataclass
+class Place:
+    """Where tokens stand: for the layer's own attention, and for the target's policy.
+
+    ``layer`` and ``shared`` are what the policy takes for the target's last layer.
+    """
+
+    step: Step
+    own: Rope
+    policy: Any  # a LendingPolicy
+    layer: Any
+    shared: Any
+
+
+@struct.dataclass
 class Entries:
-    """Rotated keys and values (b, s, g, d) and what of them the queries see."""
+    """Keys and values (b, s, g, d) as they are kept, and what of them the queries see."""
 
     k: Any
     v: Any
@@ -112,16 +125,7 @@ def layer_config(target: decoder.Config) -> decoder.Config:
 
 
 def specs(cfg: LongSpecConfig, target: decoder.Config) -> Params:
-    """The abstract parameters of the drafter for a target.
-
-    Raises:
-        ValueError: the target has no rotary positions.
-    """
-    if target.position != "rope":
-        raise ValueError(
-            f"LongSpec rotates its queries as the target rotates its keys, and this target has "
-            f"{target.position!r} positions: choose one with rotary ones."
-        )
+    """The abstract parameters of the drafter for a target."""
     width, heads, std = target.hidden_size, target.num_heads * target.head_dim, target.init_stddev
 
     def alike(spec: ParamSpec) -> ParamSpec:
@@ -136,35 +140,56 @@ def specs(cfg: LongSpecConfig, target: decoder.Config) -> Params:
     return Params(layer, cross if cfg.cross else None)
 
 
-def target_rope(
-    policy: AttentionPolicy, target: decoder.Config, positions: Int[Array, "b t"]
-) -> Rope:
-    """The target's rotation of queries and keys at these positions.
+def place(policy: AttentionPolicy, target: decoder.Config, step: Step) -> Place:
+    """The places of a step's tokens under the target's policy.
 
     Raises:
-        ValueError: a policy that does not rotate, or that keeps its keys unrotated in the cache.
+        ValueError: a policy whose cached keys others cannot read.
+    """
+    if not isinstance(policy, LendingPolicy):
+        raise ValueError(
+            f"LongSpec reads the target's keys, and {type(policy).__name__} does not say how: give "
+            "it the methods of models.attention.LendingPolicy, or use another policy."
+        )
+    layer = jax.tree.map(lambda leaf: leaf[-1], policy.per_layer(target.num_layers))
+    shared = policy.prepare(target, step)
+    return Place(step, own_rope(policy, target, step.positions), policy, layer, shared)
+
+
+def own_rope(policy: AttentionPolicy, target: decoder.Config, positions: Int[Array, "b t"]) -> Rope:
+    """The rotation of the layer's own queries and keys: the target's, if its angles are fixed.
+
+    Where frequencies follow the length of the text, or where positions go by chunks or by no angles
+    at all, it is that of short texts: own keys are never further away than the window.
     """
     start = jnp.zeros(positions.shape[0], jnp.int32)
-    step = Step(positions, start=start, slot_positions=positions, mode="decode")
-    rope = policy.prepare(target, step)
-    if not isinstance(rope, Rope) or rope.rotate_cached_keys:
-        raise ValueError(
-            f"LongSpec reads the target's rotated keys, which {type(policy).__name__} with rope "
-            f"type {target.rope.rope_type!r} does not keep: use fixed rotary frequencies."
-        )
-    return rope
+    cached = Step(positions, start=start, slot_positions=positions, mode="decode")
+    rope = policy.prepare(target, cached)
+    if isinstance(rope, Rope) and not rope.rotate_cached_keys:
+        return rope
+    short = Step(positions, lengths=jnp.ones_like(start))
+    return make_rope(target.rope, target.rotary_dim, target.rope_base, short, has_cache=False)
+
+
+def embed(
+    params: decoder.Params, target: decoder.Config, tokens: Int[Array, "b t"], where: Place
+) -> Float[Array, "b t width"]:
+    """What goes into the layer: the target's own inputs of the tokens."""
+    if isinstance(where.policy, EmbeddingPolicy):
+        return where.policy.embed(params, target, tokens, where.shared, where.step)
+    return decoder.embed(params, target, tokens, where.step.positions)
 
 
 def last_layer_entries(
-    params: decoder.Params, target: decoder.Config, x: Float[Array, "b t width"], rope: Rope
-) -> tuple[Float[Array, "b t g d"], Float[Array, "b t g d"]]:
-    """The target's last keys (rotated) and values, from the stream before its last layer."""
+    params: decoder.Params, target: decoder.Config, x: Float[Array, "b t width"], where: Place
+) -> tuple[Float[Array, "b t g wide"], Float[Array, "b t g d"]]:
+    """The target's last keys (as cached) and values, from the stream before its last layer."""
     last = params.segments[-1]
     layer = open_block(last.layers)
     if last.stacked:
         layer = jax.tree.map(lambda leaf: leaf[-1], layer)
     _, k, v, _ = project(layer, target, x, no_tap)
-    return rope.rotate_k(k), v
+    return where.policy.cached_keys(where.layer, where.shared, k), v
 
 
 def project_own(
@@ -202,7 +227,7 @@ def complete(
     target: decoder.Config,
     embeds: Float[Array, "b t width"],
     mixed: Float[Array, "b t h d"],
-    rope: Rope,
+    where: Place,
     committed: Entries,
 ) -> Float[Array, "b t width"]:
     """What the target's head reads, from the embeddings and what self-attention mixed.
@@ -214,9 +239,10 @@ def complete(
     x = add_attention(params.layer, embeds, mixed)
     if params.cross is not None:
         normed = normalize(x, params.cross.norm, cfg.norm_eps)
-        q = linear(normed, params.cross.q).reshape(mixed.shape)
-        q = rope.rotate_q(q).astype(committed.k.dtype)
-        seen = mesh_attention(q, committed.k, committed.v, mask=committed.mask)
+        q = linear(normed, params.cross.q).reshape(mixed.shape).astype(committed.k.dtype)
+        seen = where.policy.cross_attend(
+            where.layer, where.shared, q, committed.k, committed.v, where.step, committed.mask
+        )
         x = x + linear(seen.astype(x.dtype).reshape(*x.shape[:2], -1), params.cross.o)
     return add_mlp(params.layer, cfg, x)
 
@@ -226,27 +252,26 @@ def forward(
     cfg: LongSpecConfig,
     target: decoder.Config,
     embeds: Float[Array, "b t width"],
-    rope: Rope,
-    entries: tuple[Float[Array, "b t g d"], Float[Array, "b t g d"]],
+    where: Place,
+    entries: tuple[Float[Array, "b t g wide"], Float[Array, "b t g d"]],
     shift: Int[Array, ""] | int,
-    segments: Int[Array, "b t"] | None = None,
 ) -> Float[Array, "b t width"]:
     """A whole sequence at once, for training: what the head reads at every token.
 
     Args:
-        embeds: the target's embeddings of the tokens.
-        rope: the target's rotation at the tokens' positions; window and shift count tokens.
-        entries: the target's last keys (rotated) and values of the same tokens.
+        embeds: of the tokens, see :func:`embed`.
+        where: their places; window and shift count tokens, not positions.
+        entries: the target's last keys (as cached) and values of the same tokens.
         shift: the query at t sees entries 0 .. t - shift; traced.
-        segments: document numbers, where a row holds several.
     """
     index = jnp.arange(embeds.shape[1], dtype=jnp.int32)[None]
-    q, k, v = project_own(params, target, embeds, rope)
+    q, k, v = project_own(params, target, embeds, where.own)
+    segments = where.step.segments
     documents = {"q_segments": segments, "k_segments": segments, "causal": True}
     own = AttentionMask(window=jnp.asarray(cfg.window + 1, jnp.int32), **documents)
     mixed = attention(q, k, v, mask=own)
     late = AttentionMask(q_positions=index - shift, k_positions=index, **documents)
-    return complete(params, target, embeds, mixed, rope, Entries(*entries, late))
+    return complete(params, target, embeds, mixed, where, Entries(*entries, late))
 
 
 def anchor_offset_positions(

@@ -378,12 +378,29 @@ def apply_to_attention(
     Under ``attn_scalar`` they come out twice as wide: a product of ``[q, sigma u_q]`` and
     ``[k, u_k]`` is the sum of both products, so any kernel and any cache serves it.
     """
-    u_q, u_k = u_q.astype(q.dtype), u_k.astype(k.dtype)
+    return apply_to_queries(q, u_q, injection), apply_to_keys(k, u_k, injection)
+
+
+def apply_to_queries(
+    q: Float[Array, "b t h d"], u_q: Float[Array, "#b t h d"], injection: Injection
+) -> Float[Array, "b t h wide"]:
+    """The queries of :func:`apply_to_attention`."""
+    return _apply(q, u_q, injection, injection.scalar_scale)
+
+
+def apply_to_keys(
+    k: Float[Array, "b s g d"], u_k: Float[Array, "#b s g d"], injection: Injection
+) -> Float[Array, "b s g wide"]:
+    """The keys of :func:`apply_to_attention`."""
+    return _apply(k, u_k, injection, 1.0)
+
+
+def _apply(x: Array, u: Array, injection: Injection, scalar_scale: float) -> Array:
+    u = u.astype(x.dtype)
     if injection.method == "attn_mul":
-        return q * u_q, k * u_k
+        return x * u
     if injection.method == "attn_add":
-        return q + u_q, k + u_k
+        return x + u
     if injection.method == "input_add":
-        return q, k
-    u_q = jnp.broadcast_to(injection.scalar_scale * u_q, q.shape)
-    return jnp.concatenate([q, u_q], -1), jnp.concatenate([k, jnp.broadcast_to(u_k, k.shape)], -1)
+        return x
+    return jnp.concatenate([x, jnp.broadcast_to(scalar_scale * u, x.shape)], -1)

@@ -156,6 +156,32 @@ class DualChunkPolicy:
             out, lse = merge(out, lse, *self.attend_draft(queries, cache, step))
         return Attended(out=out, cache=cache, lse=lse)
 
+    def cached_keys(
+        self, layer: Any, shared: Rotations, k: Float[Array, "b t g d"]
+    ) -> Float[Array, "b t g d"]:
+        """See :class:`models.attention.LendingPolicy`."""
+        return shared.rotate_k(k)
+
+    def cross_attend(
+        self,
+        layer: Any,
+        shared: Rotations,
+        q: Float[Array, "b t h d"],
+        k: Float[Array, "b s g d"],
+        v: Float[Array, "b s g dv"],
+        step: Step,
+        mask: AttentionMask,
+    ) -> Float[Array, "b t h dv"]:
+        """See :class:`models.attention.LendingPolicy`."""
+        queries = shared.rotate_q(q)
+        if step.mode == "train":
+            out, _ = pairwise_attention(
+                queries, k, v, step.positions, step.positions, mask, stride=self.stride
+            )
+        else:
+            out, _ = self._attend_up_to(queries, k, v, step, mask.lengths)
+        return out
+
     def attend_slots(
         self,
         queries: Float[Array, "3 b t h d"],
@@ -170,6 +196,11 @@ class DualChunkPolicy:
         lengths = step.tree_start
         if step.tree is None and step.start is not None:
             lengths = step.start + (step.positions.shape[1] if step.counts is None else step.counts)
+        return self._attend_up_to(queries, k, v, step, lengths)
+
+    def _attend_up_to(
+        self, queries: Array, k: Array, v: Array, step: Step, lengths: Array | None
+    ) -> tuple[Array, Array]:
         return mesh_dual_chunk_attention(
             queries, k, v, step.positions, stride=self.stride, lengths=lengths,
             implementation=self.implementation,

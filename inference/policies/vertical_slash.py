@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from inference.policies.dual_chunk import DualChunkPolicy, Rotations, text_lengths
 from models.attention import Attended, Step
 from models.mesh_attention import over_mesh, slots_axis
+from ops.attention import AttentionMask
 from ops.block_sparse import block_sparse_attention
 from ops.platform import implementation_of
 from ops.vertical_slash import raised, vertical_slash_plan
@@ -102,6 +103,25 @@ class VerticalSlashPolicy:
             lambda: self.dense.attend_slots(shared.rotate_q(q), k, v, step),
         )
         return Attended(out=out, cache=cache, lse=lse)
+
+    def cached_keys(
+        self, layer: Any, shared: Rotations, k: Float[Array, "b t g d"]
+    ) -> Float[Array, "b t g d"]:
+        """See :class:`models.attention.LendingPolicy`."""
+        return self.dense.cached_keys(None, shared, k)
+
+    def cross_attend(
+        self,
+        layer: Any,
+        shared: Rotations,
+        q: Float[Array, "b t h d"],
+        k: Float[Array, "b s g d"],
+        v: Float[Array, "b s g dv"],
+        step: Step,
+        mask: AttentionMask,
+    ) -> Float[Array, "b t h dv"]:
+        """See :class:`models.attention.LendingPolicy`; dense, as decoding is."""
+        return self.dense.cross_attend(None, shared, q, k, v, step, mask)
 
     def attend_sparsely(
         self,

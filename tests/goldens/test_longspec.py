@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from models import decoder, longspec
-from models.attention import DensePolicy
+from models.attention import DensePolicy, Step
 from models.layers import MLP, Attention, Layer, Linear, Norm
 from ops.attention import AttentionMask, attention, hybrid_tree_attention
 from ops.dynamic_tree import Frontier, beam_tree
@@ -42,10 +42,10 @@ def test_draft_block() -> None:
     params, target = _layer(g)
     positions = jnp.asarray(g["position_ids"])[None]
     cfg = longspec.LongSpecConfig(window=int(g["window"]))
-    rope = longspec.target_rope(DensePolicy(), target, positions)
+    where = longspec.place(DensePolicy(), target, Step(positions))
     entries = jnp.asarray(g["target_k"])[None], jnp.asarray(g["target_v"])[None]
     embeds = jnp.asarray(g["token_embeddings"])[None]
-    run = jax.jit(lambda shift: longspec.forward(params, cfg, target, embeds, rope, entries, shift))
+    run = jax.jit(lambda j: longspec.forward(params, cfg, target, embeds, where, entries, j))
     shifts = [int(name.removeprefix("hidden_shift")) for name in g if name.startswith("hidden_")]
     assert shifts
     for shift in shifts:

@@ -38,8 +38,8 @@ def run(
     segments: Any = None,
     given: longspec.Params = PARAMS,
 ) -> Any:
-    rope = longspec.target_rope(DensePolicy(), TARGET, positions)
-    return longspec.forward(given, CFG, TARGET, embeds, rope, entries, shift, segments)
+    where = longspec.place(DensePolicy(), TARGET, Step(positions, segments=segments))
+    return longspec.forward(given, CFG, TARGET, embeds, where, entries, shift)
 
 
 def inputs(seed: int = 0) -> tuple[Any, Any, Any]:
@@ -98,13 +98,13 @@ def test_training_is_decoding_with_entries_hidden(shift: int) -> None:
         x = jax.lax.dynamic_slice_in_dim(embeds, at, 1, axis=1)
         index = jnp.full((1, 1), at, jnp.int32)
         here = jnp.take_along_axis(positions, index, axis=1)
-        rope = longspec.target_rope(DensePolicy(), TARGET, here)
-        q, k, v = longspec.project_own(PARAMS, TARGET, x, rope)
+        where = longspec.place(DensePolicy(), TARGET, Step(here))
+        q, k, v = longspec.project_own(PARAMS, TARGET, x, where.own)
         ring = ring.append(k, v, index[0], jnp.ones(1, jnp.int32))
         held_k, held_v = ring.read()
         mixed = longspec.attend_own(q, Entries(held_k, held_v, ring.seen_from(index)))
         seen = AttentionMask(lengths=jnp.maximum(index[0] - shift + 1, 0))
-        out = longspec.complete(PARAMS, TARGET, x, mixed, rope, Entries(keys, values, seen))
+        out = longspec.complete(PARAMS, TARGET, x, mixed, where, Entries(keys, values, seen))
         return ring, out[:, 0]
 
     ring, outs = init_ring(TARGET, 1, CFG.window, 1, jnp.float32), []
@@ -121,12 +121,12 @@ def test_the_targets_last_entries_are_those_of_its_cache() -> None:
     @jax.jit
     def three(stacked: Any) -> Any:
         unrolled = decoder.unstack(stacked)
-        rope = longspec.target_rope(DensePolicy(), TARGET, positions)
+        where = longspec.place(DensePolicy(), TARGET, Step(positions))
         before = decoder.forward(stacked, TARGET, text, all_hidden=True).hidden_states[-2]
         layers = tuple(_Kept() for _ in range(TARGET.num_layers))
         step = Step(positions, start=jnp.zeros(2, jnp.int32), slot_positions=positions)
         cached = decoder.forward(unrolled, TARGET, text, step=step, cache=layers).cache[-1]
-        made = (longspec.last_layer_entries(p, TARGET, before, rope) for p in (stacked, unrolled))
+        made = (longspec.last_layer_entries(p, TARGET, before, where) for p in (stacked, unrolled))
         return *made, cached.read(None)
 
     wanted, again, cached = three(weights(TARGET))
@@ -192,5 +192,3 @@ def test_the_layer_has_biases_on_queries_keys_and_values_alone() -> None:
 def test_settings_are_checked(changes: Any) -> None:
     with pytest.raises(ValueError, match="LongSpec needs a window and max_shift of 1 or more"):
         LongSpecConfig(**changes)
-    with pytest.raises(ValueError, match="choose one with rotary ones"):
-        longspec.specs(CFG, config(position="learned"))

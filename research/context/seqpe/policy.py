@@ -17,6 +17,7 @@ from models import decoder, seqpe
 from models.attention import Attended, Step, dense_mask
 from models.layers import Linear
 from models.mesh_attention import mesh_attention
+from ops.attention import AttentionMask
 
 
 @struct.dataclass
@@ -99,18 +100,45 @@ class SeqPEPolicy:
         cache: Any,
     ) -> Attended:
         """See :class:`models.attention.AttentionPolicy`."""
-        scale = q.shape[-1] ** -0.5
-        if self.injection.method != "input_add":
-            if layer is not None:
-                shared = seqpe.head_vectors(shared, layer, q.shape[2], k.shape[2], k.shape[3])
-            u_q, u_k = shared
-            q, k = seqpe.apply_to_attention(q, k, u_q, u_k, self.injection)
+        k = self.cached_keys(layer, shared, k)
         if cache is not None:
             cache = cache.append(k, v, step.start)
             k, v = cache.read(step.extent)
         mask = dense_mask(step, None, cached=cache is not None)
-        out = mesh_attention(q, k, v, mask=mask, scale=scale, implementation=self.implementation)
+        out = self.cross_attend(layer, shared, q, k, v, step, mask)
         return Attended(out=out, cache=cache)
+
+    def cached_keys(
+        self, layer: Linear | None, shared: Any, k: Float[Array, "b t g d"]
+    ) -> Float[Array, "b t g wide"]:
+        """See :class:`models.attention.LendingPolicy`."""
+        if self.injection.method == "input_add":
+            return k
+        return seqpe.apply_to_keys(k, _of_heads(layer, shared, *k.shape[2:])[1], self.injection)
+
+    def cross_attend(
+        self,
+        layer: Linear | None,
+        shared: Any,
+        q: Float[Array, "b t h d"],
+        k: Float[Array, "b s g wide"],
+        v: Float[Array, "b s g dv"],
+        step: Step,
+        mask: AttentionMask,
+    ) -> Float[Array, "b t h dv"]:
+        """See :class:`models.attention.LendingPolicy`."""
+        scale = q.shape[-1] ** -0.5
+        if self.injection.method != "input_add":
+            u_q, _ = _of_heads(layer, shared, k.shape[2], q.shape[3])
+            q = seqpe.apply_to_queries(q, u_q, self.injection)
+        return mesh_attention(q, k, v, mask=mask, scale=scale, implementation=self.implementation)
+
+
+def _of_heads(layer: Linear | None, shared: Any, g: int, d: int) -> tuple[Array, Array]:
+    """u_q and u_k of one layer, by its own projection where it has one."""
+    if layer is None:
+        return shared
+    return seqpe.head_vectors(shared, layer, layer.w.shape[-1] // d - g, g, d)
 
 
 def _look_up(

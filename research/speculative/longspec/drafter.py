@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from inference.cache import Cache, Ring, init_ring
 from inference.drafter import Context, Draft, Request, Target, TargetOutputs
 from models import decoder, longspec
-from models.attention import Rope
+from models.attention import Step
 from models.drafter_io import load_settings, load_weights
 from models.load import Model
 from models.longspec import Entries
@@ -43,11 +43,10 @@ class LongSpecState:
 
 @struct.dataclass
 class Rows:
-    """Tokens that go through the layer together: embeddings, positions, rotation."""
+    """Tokens that go through the layer together: what goes in, and where they stand."""
 
     embeds: Any  # (b, t, width)
-    positions: Any  # (b, t) int32
-    rope: Rope
+    place: longspec.Place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +97,7 @@ class LongSpecDrafter:
         """Own keys and values of the last tokens before the root.
 
         Raises:
-            ValueError: a tree that the vocabulary cannot fill, or a target whose cached keys are
-                not rotated once and for all.
+            ValueError: a tree that the vocabulary cannot fill, or see :func:`longspec.place`.
         """
         check_beam(self.shape, target.cfg.vocab_size)
         # No text outgrows the capacity, so a longer window would hold nothing more.
@@ -108,8 +106,9 @@ class LongSpecDrafter:
         batch, size = request.tokens.shape
         ring = init_ring(target.cfg, batch, window, self.max_depth + 1, dtype)
         seen, count = request.lengths - 1, min(window, size)
-        rows = rows_of(target, request.tokens, seen - count, count)
-        _, k, v = longspec.project_own(params, target.cfg, rows.embeds, rows.rope)
+        alone = Step(None, lengths=request.lengths, mode="decode")
+        rows = rows_of(target, request.tokens, seen - count, count, alone)
+        _, k, v = longspec.project_own(params, target.cfg, rows.embeds, rows.place.own)
         return LongSpecState(ring.begin(k, v, seen), seen)
 
     def propose(
@@ -122,20 +121,24 @@ class LongSpecDrafter:
         context: Context,
     ) -> tuple[Draft, LongSpecState, Cache]:
         """New tokens into the ring; the beam begins with the root's law."""
-        new = rows_of(target, context.tokens, state.seen, self.max_depth + 1)
-        _, k, v = longspec.project_own(params, target.cfg, new.embeds, new.rope)
+        held = Step(
+            None, start=cache.length, slot_positions=cache.positions, lengths=context.limit,
+            extent=context.extent, mode="decode",
+        )  # fmt: skip
+        new = rows_of(target, context.tokens, state.seen, self.max_depth + 1, held)
+        _, k, v = longspec.project_own(params, target.cfg, new.embeds, new.place.own)
         ring = state.ring.append(k, v, state.seen, context.length - state.seen)
         # What the target has of the text: all tokens before the root.
         keys, values = cache.layers[-1].read(context.extent)
         committed = Entries(keys, values, AttentionMask(lengths=cache.length))
         # The other new tokens are in the ring, and nobody reads what the layer makes of them.
-        last = rows_of(target, context.tokens, context.length - 1, 1)
+        last = rows_of(target, context.tokens, context.length - 1, 1, held)
         laws, _ = token_laws(params, target, last, ring, committed)
 
         def step(nodes: Any, frontier: Frontier) -> tuple[Array, Any]:
             at = context.length[:, None] + frontier.level
             positions = jnp.broadcast_to(at, frontier.tokens.shape)
-            rows = make_rows(target, frontier.tokens, positions)
+            rows = make_rows(target, frontier.tokens, positions, held)
             return token_laws(params, target, rows, ring, committed, nodes, frontier.ancestors)
 
         made, _ = beam_tree(step, laws[:, 0], None, self.shape)
@@ -163,18 +166,22 @@ class LongSpecDrafter:
         return state
 
 
-def make_rows(target: Target, tokens: Int[Array, "b t"], positions: Int[Array, "b t"]) -> Rows:
-    """Tokens at given positions."""
+def make_rows(
+    target: Target, tokens: Int[Array, "b t"], positions: Int[Array, "b t"], held: Step
+) -> Rows:
+    """Tokens at given positions; ``held`` is a step without any, of what the target has cached."""
     policy = decoder.default_policy(target.cfg) if target.policy is None else target.policy
-    embeds = decoder.embed(target.params, target.cfg, jnp.maximum(tokens, 0), positions)
-    return Rows(embeds, positions, longspec.target_rope(policy, target.cfg, positions))
+    place = longspec.place(policy, target.cfg, dataclasses.replace(held, positions=positions))
+    return Rows(longspec.embed(target.params, target.cfg, jnp.maximum(tokens, 0), place), place)
 
 
-def rows_of(target: Target, text: Int[Array, "b l"], start: Int[Array, " b"], count: int) -> Rows:
+def rows_of(
+    target: Target, text: Int[Array, "b l"], start: Int[Array, " b"], count: int, held: Step
+) -> Rows:
     """``count`` tokens of a text from ``start`` on; beyond its ends they may be anything."""
     positions = start[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
     inside = jnp.clip(positions, 0, text.shape[1] - 1)
-    return make_rows(target, jnp.take_along_axis(text, inside, axis=1), positions)
+    return make_rows(target, jnp.take_along_axis(text, inside, axis=1), positions, held)
 
 
 def token_laws(
@@ -192,13 +199,13 @@ def token_laws(
         nodes: keys and values of the nodes drafted so far, to which the rows' own are added.
         tree: which of all these nodes each row sees; None where the rows are text in the ring.
     """
-    q, k, v = longspec.project_own(params, target.cfg, rows.embeds, rows.rope)
+    q, k, v = longspec.project_own(params, target.cfg, rows.embeds, rows.place.own)
     if tree is not None:
         before = (k[:, :0], v[:, :0]) if nodes is None else nodes
         nodes = jnp.concatenate([before[0], k], axis=1), jnp.concatenate([before[1], v], axis=1)
-    window = Entries(*ring.read(), ring.seen_from(rows.positions))
+    window = Entries(*ring.read(), ring.seen_from(rows.place.step.positions))
     mixed = longspec.attend_own(q, window, nodes, tree)
-    hidden = longspec.complete(params, target.cfg, rows.embeds, mixed, rows.rope, committed)
+    hidden = longspec.complete(params, target.cfg, rows.embeds, mixed, rows.place, committed)
     logits = decoder.unembed(target.params, target.cfg, hidden)
     return jax.nn.log_softmax(logits, axis=-1), nodes
 

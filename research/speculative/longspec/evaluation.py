@@ -29,12 +29,12 @@ def target_entries(
     policy: AttentionPolicy,
     tokens: Int[Array, "b t"],
     step: Step,
-) -> tuple[Float[Array, "b t g d"], Float[Array, "b t g d"]]:
-    """The target's last keys (rotated) and values; its last layer runs no further than to them."""
+) -> tuple[Float[Array, "b t g wide"], Float[Array, "b t g d"]]:
+    """The target's last keys (as cached) and values; its last layer runs no further than there."""
     below = decoder.LayerChoice(stop=cfg.num_layers - 1)
     out = decoder.forward(params, cfg, tokens, step=step, policy=policy, layers=below)
-    rope = longspec.target_rope(policy, cfg, step.positions)
-    return longspec.last_layer_entries(params, cfg, out.pre_norm, rope)
+    where = longspec.place(policy, cfg, step)
+    return longspec.last_layer_entries(params, cfg, out.pre_norm, where)
 
 
 def draft_hidden(
@@ -49,9 +49,9 @@ def draft_hidden(
     shift: Int[Array, ""] | int,
 ) -> Float[Array, "b t width"]:
     """What the target's head reads of the drafter at every token of a text."""
-    embeds = decoder.embed(target, cfg, tokens, step.positions)
-    rope = longspec.target_rope(policy, cfg, step.positions)
-    return longspec.forward(params, draft, cfg, embeds, rope, entries, shift, step.segments)
+    where = longspec.place(policy, cfg, step)
+    embeds = longspec.embed(target, cfg, tokens, where)
+    return longspec.forward(params, draft, cfg, embeds, where, entries, shift)
 
 
 def outcomes(

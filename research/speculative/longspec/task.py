@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from inference.policies.registry import make_policy
 from models import decoder, longspec
-from models.attention import AttentionPolicy, Step
+from models.attention import AttentionPolicy, EmbeddingPolicy, Step
 from models.drafter_io import save_drafter
 from models.load import Model, load, locate
 from models.longspec import LongSpecConfig
@@ -82,8 +82,20 @@ class LongSpecTask(BaseTask):
         return make_policy(self.policy, self.model.cfg)
 
     def specs(self) -> TaskParams:
-        """The layer and the target."""
+        """The layer and the target.
+
+        Raises:
+            ValueError: positions move further than the target has any.
+        """
         cfg = self.model.cfg
+        most = getattr(self.attention, "max_length", None)
+        if cfg.position == "learned" and not isinstance(self.attention, EmbeddingPolicy):
+            most = cfg.max_length
+        if most is not None and self.draft.reach > most:
+            raise ValueError(
+                f"training positions go up to {self.draft.reach} and the target's end at {most}: "
+                f"set the draft's reach to {most} or less."
+            )
         return TaskParams(longspec.specs(self.draft, cfg), decoder.specs(cfg))
 
     def init(self, key: jax.Array, data: grain.IterDataset | None, context: Context) -> TaskParams:

@@ -13,11 +13,12 @@ from inference.drafters.draft_model import draft_model
 from inference.drafters.eagle import EagleDrafter, EagleParams
 from inference.drafters.lookup import LookupDrafter
 from inference.drafters.medusa import MedusaDrafter, MedusaParams
-from models import clover, decoder, eagle, medusa, seqpe
+from models import clover, decoder, eagle, longspec, medusa, seqpe
 from models.params import init
 from ops.tree import tree_from_paths
 from research.context.seqpe.policy import SeqPEPolicy, make_policy
 from research.speculative.clover.drafter import CloverDrafter, CloverParams
+from research.speculative.longspec.drafter import LongSpecDrafter
 from research.speculative.token_recycling.drafter import TokenRecycling
 from tests.inference.models import config, engine, weights
 
@@ -56,6 +57,9 @@ def drafter_of(kind: str, target: decoder.Config) -> tuple[Drafter, Any]:
         return TokenRecycling(tree=NARROW), None
     if kind == "draft model":
         return draft_model(target, params, target, 4, sampled=False)
+    if kind == "longspec":
+        cfg = longspec.LongSpecConfig(window=7)
+        return LongSpecDrafter(cfg, (2, 4, 3)), noisy(init(longspec.specs(cfg, target), key))
     if kind == "clover":
         heads = clover.CloverConfig(num_heads=3, num_layers=1)
         start = clover.init_from_target(params, target, heads, key)
@@ -79,7 +83,7 @@ QUICK = {
     ("none", "recycling"), ("none", "clover"), ("none", "eagle"),
     ("alibi", "draft model"), ("alibi", "eagle"),
 }  # fmt: skip
-KINDS = ("lookup", "recycling", "draft model", "clover", "medusa", "eagle")
+KINDS = ("lookup", "recycling", "draft model", "clover", "medusa", "eagle", "longspec")
 CASES = [
     pytest.param(p, k, marks=[] if (p, k) in QUICK else [pytest.mark.slow])
     for p in TARGETS

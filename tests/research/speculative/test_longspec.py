@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
 from inference.drafter import Context, Draft, NoDrafter, Target
 from inference.drafters.registry import check_name, make_drafter
@@ -15,10 +16,9 @@ from inference.loop import decode_rounds, prefill_chunk
 from inference.policies.registry import make_policy
 from inference.sharded import shard_engine
 from models import decoder, longspec, params
-from models.attention import Step
+from models.attention import DensePolicy, Step
 from models.drafter_io import save_drafter
 from models.load import Model
-from models.positions import RopeScaling
 from models.sharding import make_mesh
 from ops.sampling import SamplingParams
 from research.speculative.longspec.drafter import BEAM, CHAIN, LongSpecDrafter
@@ -31,6 +31,8 @@ from tests.inference.models import (
     weights,
 )
 from tests.inference.sampled_law import p_value
+from tests.research.context.test_decoding import clex_scheme
+from tests.research.context.test_seqpe_drafters import vectors
 
 CFG = config()
 SMALL = longspec.LongSpecConfig(window=7)
@@ -70,45 +72,52 @@ def test_texts_are_those_of_plain_decoding(shape: Any, changes: Any, temperature
     assert got.stats.accepted.sum() > 0
 
 
-def rounds(mine: LongSpecDrafter, given: longspec.Params, count: int, policy: Any = None):
-    """Engine, state and seeds after some rounds over prompts of several lengths."""
-    eng = engine(CFG, drafter=mine, drafter_params=given, policy=policy)
-    state, seeds = eng.start(prompts(1, 3, 19, 30), 40, GREEDY)
-    policy = decoder.default_policy(CFG) if policy is None else policy
+def rounds(
+    mine: LongSpecDrafter, given: longspec.Params, count: int, policy: Any = None, cfg: Any = CFG
+):
+    """State and seeds after some rounds over prompts of several lengths."""
+    eng = engine(cfg, drafter=mine, drafter_params=given, policy=policy)
+    state, seeds = eng.start(prompts(1, 3, 19, 30), 34, GREEDY)
+    policy = decoder.default_policy(cfg) if policy is None else policy
     state = decode_rounds(
-        eng.params, CFG, policy, mine, given, state, seeds, GREEDY, jnp.zeros((0,), jnp.int32),
+        eng.params, cfg, policy, mine, given, state, seeds, GREEDY, jnp.zeros((0,), jnp.int32),
         jnp.asarray(count, jnp.int32), extent=128, rule="greedy",
     )  # fmt: skip
     return state, seeds
 
 
-def draft_of(mine: LongSpecDrafter, given: Any, state: Any, seeds: Any, policy: Any = None):
+def draft_of(
+    mine: LongSpecDrafter, given: Any, state: Any, seeds: Any, policy: Any = None, cfg: Any = CFG
+):
     context = Context(state.tokens, state.length, seeds, GREEDY, state.limit, None, 128, state.done)
     root = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
-    target = Target(weights(CFG), CFG, policy)
+    target = Target(weights(cfg), cfg, policy)
     run = jax.jit(lambda state, cache: mine.propose(given, state, target, cache, root, context))
     return run(state.drafter, state.cache)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _laws(
-    given: longspec.Params, cfg: longspec.LongSpecConfig, tokens: Any, shift: Any, policy: Any
+    given: longspec.Params, cfg: decoder.Config, tokens: Any, shift: Any, policy: Any, limit: Any
 ) -> Any:
-    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    target = weights(CFG)
-    out = decoder.forward(target, CFG, tokens, step=Step(positions), policy=policy, all_hidden=True)
-    rope = longspec.target_rope(policy, CFG, positions)
-    entries = longspec.last_layer_entries(target, CFG, out.hidden_states[-2], rope)
-    embeds = decoder.embed(target, CFG, tokens, positions)
-    hidden = longspec.forward(given, cfg, CFG, embeds, rope, entries, shift)
-    return jax.nn.log_softmax(decoder.unembed(target, CFG, hidden[0]))
+    step = Step(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], lengths=limit[None])
+    target = weights(cfg)
+    out = decoder.forward(target, cfg, tokens, step=step, policy=policy, all_hidden=True)
+    where = longspec.place(policy, cfg, step)
+    entries = longspec.last_layer_entries(target, cfg, out.hidden_states[-2], where)
+    embeds = longspec.embed(target, cfg, tokens, where)
+    hidden = longspec.forward(given, SMALL, cfg, embeds, where, entries, shift)
+    return jax.nn.log_softmax(decoder.unembed(target, cfg, hidden[0]))
 
 
-def law_after(given: longspec.Params, text: list[int], shift: int, policy: Any) -> np.ndarray:
+def law_after(
+    given: longspec.Params, text: list[int], shift: int, policy: Any, limit: Any, cfg: Any
+) -> np.ndarray:
     """Log-law after a text by the training forward, the newest ``shift`` entries hidden."""
     padded = np.zeros((1, 64), np.int32)  # padding comes last, where no token sees it
     padded[0, : len(text)] = text
-    return np.asarray(_laws(given, SMALL, jnp.asarray(padded), shift, policy))[len(text) - 1]
+    laws = _laws(given, cfg, jnp.asarray(padded), shift, policy, limit)
+    return np.asarray(laws)[len(text) - 1]
 
 
 def assert_beam(draft: Draft, row: int, text: list[int], shape: Any, laws: Any) -> None:
@@ -131,20 +140,45 @@ def assert_beam(draft: Draft, row: int, text: list[int], shape: Any, laws: Any) 
     assert len(tokens) == start and bool(draft.valid[row].all())
 
 
-@pytest.mark.parametrize("policy", ["dense", pytest.param("yarn:4", marks=pytest.mark.slow)])
-def test_the_tree_is_the_beam_of_passes_over_whole_texts(policy: str):
+def policies(name: str) -> tuple[Any, decoder.Config]:
+    """A policy, and a model that it is for."""
+    if name == "clex":
+        return DensePolicy(scheme=clex_scheme()), CFG
+    if name == "seqpe":
+        return vectors(), config(position="none")
+    if name == "alibi":
+        return DensePolicy(), config(position="alibi")
+    return make_policy(name, CFG), CFG
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dense",
+        pytest.param("yarn:4", marks=pytest.mark.slow),
+        pytest.param("dynamic:1", marks=pytest.mark.slow),
+        "dual_chunk:16:4",
+        "clex",
+        "seqpe",
+        pytest.param("alibi", marks=pytest.mark.slow),
+    ],
+)
+def test_the_tree_is_the_beam_of_passes_over_whole_texts(name: str):
     """After rounds in which the ring of 7 + 4 slots went round, for rows of several lengths.
 
     So what a step of decoding computes is the training forward: step i sees the target's entries
-    up to i tokens back, and of the window what a pass over the whole text sees.
+    up to i tokens back, as its policy sees them, and of the window what a pass over the whole text
+    sees.
     """
-    chosen, mine, given = make_policy(policy, CFG), drafter(), layer()
-    state, seeds = rounds(mine, given, 6, chosen)
+    policy, cfg = policies(name)
+    mine, given = drafter(), layer(target=cfg)
+    state, seeds = rounds(mine, given, 6, policy, cfg)
     assert int(state.length.max()) > 32 and len(set(np.asarray(state.length).tolist())) > 1
-    draft, after, cache = draft_of(mine, given, state, seeds, chosen)
+    draft, after, cache = draft_of(mine, given, state, seeds, policy, cfg)
     for row in (0, 3):
         text = np.asarray(state.tokens[row, : int(state.length[row])]).tolist()
-        laws = lambda text, shift: law_after(given, text, shift, chosen)
+        about = policy, state.limit[row], cfg
+        laws = lambda text, shift, about=about: law_after(given, text, shift, *about)
         assert_beam(draft, row, text, TREE, laws)
     # The target's cache is read, and nothing of a draft stays in the ring.
     jax.tree.map(np.testing.assert_array_equal, cache, state.cache)
@@ -252,7 +286,6 @@ def test_a_saved_layer_is_loaded_by_name(tmp_path: Any):
         ({"vocab_size": 30}, "models they were made for"),
         ({"head_dim": 16}, "shape"),
         ({"num_kv_heads": 4}, "shape"),
-        ({"position": "alibi"}, "choose one with rotary ones"),
     ],
 )
 def test_a_layer_of_another_target_is_refused(tmp_path: Any, changes: Any, message: str):
@@ -275,13 +308,26 @@ def test_trees_that_do_not_fit_are_refused():
         eng.start([[1, 2]], 40, GREEDY, capacity=48)
 
 
-def test_targets_without_fixed_rotations_are_refused():
-    scaled = RopeScaling("dynamic", factor=2.0, original_max_position=32)
-    dynamic = config(rope=scaled)
-    eng = engine(dynamic, drafter=drafter(), drafter_params=layer())
-    with pytest.raises(ValueError, match="reads the target's rotated keys"):
+def test_a_policy_that_does_not_lend_its_keys_is_refused():
+    eng = engine(CFG, drafter=drafter(), drafter_params=layer(), policy=Closed())
+    with pytest.raises(ValueError, match=r"Closed does not say how: .*LendingPolicy"):
         eng.generate([[1, 2, 3]], 4)
-    policy = make_policy("dual_chunk:64:16", CFG)
-    eng = engine(CFG, drafter=drafter(), drafter_params=layer(), policy=policy)
-    with pytest.raises(ValueError, match="DualChunkPolicy"):
-        eng.generate([[1, 2, 3]], 4)
+
+
+@struct.dataclass
+class Closed:
+    """Dense attention that only attends."""
+
+    own: DensePolicy = DensePolicy()
+
+    def per_layer(self, num_layers: int) -> Any:
+        return self.own.per_layer(num_layers)
+
+    def key_width(self, cfg: Any) -> int:
+        return self.own.key_width(cfg)
+
+    def prepare(self, cfg: Any, step: Any) -> Any:
+        return self.own.prepare(cfg, step)
+
+    def attend(self, *args: Any) -> Any:
+        return self.own.attend(*args)

@@ -179,11 +179,19 @@ def test_a_saved_layer_drafts(folder: pathlib.Path, tmp_path: pathlib.Path) -> N
     assert one.about.startswith("LongSpec's draft layer for target")
 
 
-def test_a_target_whose_keys_are_not_fixed_is_refused(folder: pathlib.Path) -> None:
-    one = task(folder, policy="dynamic:2")
-    params, batch = start(task(folder))
-    with pytest.raises(ValueError, match="use fixed rotary frequencies"):
-        one.loss(params, batch, jax.random.key(0))
+def test_positions_that_the_target_lacks_are_refused(folder: pathlib.Path) -> None:
+    learned = config(
+        position="learned", norm="layer", qkv_bias=True, out_bias=True, mlp_bias=True,
+        gated_mlp=False, activation="gelu", num_kv_heads=4, head_dim=4,
+    )  # fmt: skip
+    save_model(folder / "learned", learned, letters())
+    one = dataclasses.replace(task(folder), target=str(folder / "learned"))
+    assert one.specs().draft is not None  # rows stand where they are
+    far = dataclasses.replace(one, draft=dataclasses.replace(STILL, reach=learned.max_length + 1))
+    with pytest.raises(ValueError, match=r"go up to 161 and the target's end at 160: set .* reach"):
+        far.specs()
+    squeezed = dataclasses.replace(far, policy="interpolated")
+    assert squeezed.specs().draft is not None
 
 
 @pytest.mark.slow
