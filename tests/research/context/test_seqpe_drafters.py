@@ -28,12 +28,12 @@ NARROW = tree_from_paths([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])
 TARGETS = {name: config(vocab_size=8, tied=False, position=name) for name in ("none", "alibi")}
 
 
-def vectors() -> SeqPEPolicy:
+def vectors(projection: str = "single") -> SeqPEPolicy:
     """The vectors of a random encoder, large enough to matter."""
-    injection, cfg = seqpe.Injection(), seqpe.Config(16, 2, 200, layers=1)
+    injection, cfg = seqpe.Injection(projection=projection), seqpe.Config(16, 2, 200, layers=1)
     specs = (seqpe.specs(cfg), seqpe.projection_specs(injection, 16, TARGETS["none"]))
-    params, projection = jax.tree.map(lambda x: 12 * x, init(specs, jax.random.key(5)))
-    return make_policy(params, cfg, projection, injection, 160)
+    params, matrices = jax.tree.map(lambda x: 12 * x, init(specs, jax.random.key(5)))
+    return make_policy(params, cfg, matrices, injection, 160)
 
 
 @functools.cache

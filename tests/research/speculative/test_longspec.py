@@ -145,7 +145,7 @@ def policies(name: str) -> tuple[Any, decoder.Config]:
     if name == "clex":
         return DensePolicy(scheme=clex_scheme()), CFG
     if name == "seqpe":
-        return vectors(), config(position="none")
+        return vectors("multi"), config(position="none")
     if name == "alibi":
         return DensePolicy(), config(position="alibi")
     return make_policy(name, CFG), CFG
