@@ -35,7 +35,7 @@ def test_was_executed_in_order_without_errors(path: pathlib.Path) -> None:
 def test_the_code_runs(path: pathlib.Path) -> None:
     code = "\n\n".join("".join(cell["source"]) for cell in code_cells(path))
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=1200
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=2400
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
