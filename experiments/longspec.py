@@ -5,7 +5,8 @@
 Nothing is trained here: every draft is a folder that `python -m train.export` wrote, of
 `configs/longspec.py` or an ablation of it. Long windows of held-out text tell how often a draft's
 best token is the target's at every position and step; long held-out prompts are continued greedily
-with a chain and a tree. What must hold: :mod:`experiments.longspec_statements`.
+with a chain and a tree. ``--others`` names policies that the first draft was not trained under. What
+must hold: :mod:`experiments.longspec_statements`.
 """
 
 import dataclasses
@@ -45,6 +46,7 @@ class Settings:
 
     model: str
     policy: str
+    others: tuple[str, ...]
     drafts: tuple[str, ...]
     rivals: tuple[str, ...]
     corpus: str
@@ -199,10 +201,10 @@ def run(s: Settings) -> list[dict[str, Any]]:
     """All drafts and rivals on all seeds.
 
     Raises:
-        ValueError: see :func:`load_drafts`, or a corpus that is too small.
+        ValueError: see :func:`load_drafts`, an unknown policy, or a corpus that is too small.
     """
     model = load(s.model)
-    policy = make_policy(s.policy, model.cfg)
+    policies = {name: make_policy(name, model.cfg) for name in (s.policy, *s.others)}
     drafts = load_drafts(s, model)
     text = model.tokenizer.encode(read_text(s.corpus))
     prompts = {
@@ -213,32 +215,36 @@ def run(s: Settings) -> list[dict[str, Any]]:
     }
 
     @functools.cache
-    def plain(width: int, seed: int) -> list[list[int]]:
-        engine = engine_of(s, model, policy, NoDrafter(width), None)
+    def plain(policy: str, width: int, seed: int) -> list[list[int]]:
+        engine = engine_of(s, model, policies[policy], NoDrafter(width), None)
         return engine.generate(prompts[seed], s.new_tokens).tokens
 
-    def with_drafter(drafter: Drafter, params: Any, seed: int) -> dict[str, float]:
-        engine = engine_of(s, model, policy, drafter, params)
-        return decoded(engine, prompts[seed], s.new_tokens, plain(drafter.width, seed))
+    def with_drafter(policy: str, drafter: Drafter, params: Any, seed: int) -> dict[str, float]:
+        engine = engine_of(s, model, policies[policy], drafter, params)
+        return decoded(engine, prompts[seed], s.new_tokens, plain(policy, drafter.width, seed))
 
+    asked = [(s.policy, method, draft) for method, draft in drafts.items()]
+    asked += [(other, *next(iter(drafts.items()))) for other in s.others]
     rows = []
-    for method, (drafter, params) in drafts.items():
-        print(method, flush=True)
-        measure = by_position(s, model, policy, drafter, params, text)
+    for policy, method, (drafter, params) in asked:
+        print(method, "under", policy, flush=True)
+        measure = by_position(s, model, policies[policy], drafter, params, text)
         chain = dataclasses.replace(drafter, shape=CHAIN)
         each = []
         for seed in s.seeds:
             row = measure(seed)
             for name, one in (("chain", chain), ("tree", drafter)):
-                found = with_drafter(one, params, seed)
+                found = with_drafter(policy, one, params, seed)
                 row |= {f"{key}/{name}": value for key, value in found.items()}
             each.append(row)
         kept = {f"bytes@{n}": draft_bytes(model, drafter, params, n) for n in s.slots}
-        rows.append(_summarise(method, each) | {"edges": list(s.edges), "bytes": kept})
+        known = {"policy": policy, "edges": list(s.edges), "bytes": kept}
+        name = method if policy == s.policy else f"{method} under {policy}"
+        rows.append(_summarise(name, each) | known)
     for name in s.rivals:
         print(name, flush=True)
         rival, params = make_drafter(name, model)
-        each = [with_drafter(rival, params, seed) for seed in s.seeds]
+        each = [with_drafter(s.policy, rival, params, seed) for seed in s.seeds]
         rows.append(_summarise(name.partition(":")[0], each))
     for slots in s.slots:
         timed = tree_attention(s, model, slots)
@@ -279,7 +285,7 @@ def main(_: Sequence[str]) -> None:
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
     print(show(rows))
-    name = record.name_of("longspec", settings.model)
+    name = record.name_of("longspec", settings.model, flags.FLAGS.label)
     statements.conclude(name, rows, STATEMENTS, settings)
 
 
@@ -287,6 +293,7 @@ def define_flags() -> None:
     """The command's flags."""
     flags.DEFINE_string("model", "python-5m", "The frozen target.")
     flags.DEFINE_string("policy", "yarn:4", "How it attends, as when the drafts were trained.")
+    flags.DEFINE_list("others", [], "Further policies, for the first draft.")
     flags.DEFINE_list("drafts", [], "METHOD=DIR of exported drafts.")
     flags.DEFINE_list("rivals", ["lookup"], "Other drafters by name, such as draft:python-1m.")
     flags.DEFINE_string("corpus", "python_stdlib", "python_stdlib, python_packages or text:PATH.")
@@ -299,6 +306,7 @@ def define_flags() -> None:
     flags.DEFINE_list("shape", [str(n) for n in BEAM], "Nodes per level of the tree.")
     flags.DEFINE_list("slots", ["4096", "16384"], "Slots of the cache, for bytes and attention.")
     flags.DEFINE_integer("repeats", 9, "Timed calls of each attention; the middle one counts.")
+    flags.DEFINE_string("label", "", "Ending of the result's name.")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,31 @@ def draft_row(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+OTHER_HEADER = (
+    "policy",
+    f"right up to {NEAR}",
+    f"right from 1,024 to {FAR:,}",
+    "steps 2 to 4 there",
+    "tokens per pass, chain",
+    "tree",
+    "texts that differ",
+)
+
+
+def policy_row(row: dict[str, Any]) -> tuple[str, ...]:
+    """Cells of a policy that one draft decodes under."""
+    later = ", ".join(percent(row[f"top1@{FAR}/step{step}"], 1) for step in (2, 3, 4))
+    return (
+        row["policy"],
+        percent(row[f"top1@{NEAR}/step1"], 1),
+        percent(row[f"top1@{FAR}/step1"], 1),
+        later,
+        number(row["tokens_per_pass/chain"]),
+        number(row["tokens_per_pass/tree"]),
+        f"{row['mismatches/chain']['max'] + row['mismatches/tree']['max']:.0f}",
+    )
+
+
 ATTENTION_HEADER = ("slots", "dense, ms", "two parts, ms", "largest difference")
 
 

@@ -31,6 +31,7 @@ def settings(folder: pathlib.Path, drafts: tuple[str, ...]) -> experiment.Settin
     return experiment.Settings(
         model=str(folder / "stories260k"),
         policy="dense",
+        others=("dual_chunk:16:4",),
         drafts=drafts,
         rivals=("lookup",),
         corpus=f"text:{folder / 'texts'}",
@@ -52,8 +53,13 @@ def test_the_experiment_runs(folder: pathlib.Path, model: Model, tmp_path: pathl
     given = settings(folder, drafts)
     rows = experiment.run(given)
     by = {row["method"]: row for row in rows}
-    assert set(by) == {"full", "window-only", "lookup", "attention-64", "attention-200"}
+    chunks = "full under dual_chunk:16:4"
+    assert set(by) == {"full", chunks, "window-only", "lookup", "attention-64", "attention-200"}
     full = by["full"]
+    # In chunks the keys meet other queries, and the texts are those of that policy.
+    assert by[chunks]["policy"] == "dual_chunk:16:4" and full["policy"] == "dense"
+    assert by[chunks]["nats@48/step1"] != full["nats@48/step1"]
+    assert by[chunks]["mismatches/tree"]["mean"] == by[chunks]["mismatches/chain"]["mean"] == 0
     assert set(full["bytes"].values()) == {2 * 4 * 11 * 4 * 8 + 4 * 11 + 4}
     assert full["mismatches/tree"]["mean"] == full["mismatches/chain"]["mean"] == 0
     assert 1 <= full["tokens_per_pass/chain"]["mean"] <= 5
