@@ -5,8 +5,8 @@
 Nothing is trained here: every draft is a folder that `python -m train.export` wrote, of
 `configs/longspec.py` or an ablation of it. Long windows of held-out text tell how often a draft's
 best token is the target's at every position and step; long held-out prompts are continued greedily
-with a chain and a tree. ``--others`` names policies that the first draft was not trained under. What
-must hold: :mod:`experiments.longspec_statements`.
+with a chain and a tree. ``--others`` names policies that the first draft was not trained under.
+What must hold: :mod:`experiments.longspec_statements`.
 """
 
 import dataclasses
