@@ -8,7 +8,7 @@ device, and whether that fits. There are no weights: everything is shapes. It ne
 
 ``--policy=dense,dual_chunk:6144:1024`` compiles them under each of these attention policies, named
 as everywhere (``inference.policies.registry``). A policy that is read from a folder or a file is
-refused, and so is sparse prefill on a mesh that splits a row's slots.
+refused.
 
 Arguments are weights and cache, temporaries what the program needs besides; a program that the
 compiler refuses for want of memory does not fit, and its sentence is kept. Seconds are rooflines of
