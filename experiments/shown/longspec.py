@@ -11,6 +11,7 @@ from experiments.shown.long_context import percent
 
 PAGE = "research/speculative/longspec/README.md"
 RESULT = "longspec_python_5m"
+OTHERS = "longspec_python_5m_policies"
 NAMES = {
     "full": "**LongSpec**",
     "no-offset": "trained at short positions only",
@@ -119,6 +120,7 @@ def agreement(result: dict[str, Any]) -> Canvas:
 TABLES: tuple[Rendered, ...] = (
     Table("longspec", PAGE, RESULT, DRAFT_HEADER, draft_row, is_draft),
     Statements("longspec-statements", PAGE, RESULT),
+    Table("longspec-policies", PAGE, OTHERS, OTHER_HEADER, policy_row),
     Table("longspec-attention", PAGE, RESULT, ATTENTION_HEADER, attention_row, is_timing),
 )
 FIGURES = (Figure("experiments/results/longspec.svg", RESULT, agreement),)

@@ -75,6 +75,18 @@ def test_the_experiment_runs(folder: pathlib.Path, model: Model, tmp_path: pathl
     assert "tokens_per_pass" in experiment.show(rows)
 
 
+def test_bytes_of_one_length_answer_nothing() -> None:
+    asked = [s for s in STATEMENTS if "bytes" in s.text]
+    for sizes, held in (
+        ({}, None),
+        ({"4": 7}, None),
+        ({"4": 7, "9": 7}, True),
+        ({"4": 7, "9": 8}, False),
+    ):
+        rows = [{"method": "full", "bytes": sizes}]
+        assert [a["holds"] for a in statements.answer(rows, asked, 1)] == [held]
+
+
 def test_agreement_by_hand() -> None:
     def one(value: float) -> dict[str, Any]:
         return {"mean": value, "samples": [value]}
