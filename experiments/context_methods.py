@@ -236,7 +236,11 @@ def merged(parts: Sequence[Any]) -> Any:
         return record.sample([x for part in known for x in part["samples"]])
     first = parts[0]
     if isinstance(first, dict):
-        joined = {key: merged([part[key] for part in parts]) for key in first if key != "chance"}
+        keys = dict.fromkeys(key for part in parts for key in part if key != "chance")
+        for key in keys:  # Rows of earlier code may lack what is None in others, and nothing else.
+            if any(key not in p for p in parts) and any(p.get(key) is not None for p in parts):
+                raise ValueError(f"rows of some seeds lack {key!r}: measure all by one version.")
+        joined = {key: merged([part.get(key) for part in parts]) for key in keys}
         # That of the seeds' own prompts, which differ.
         chance = [part["chance"] for part in parts if "chance" in part]
         return joined | ({"chance": stats.fmean(chance)} if chance else {})

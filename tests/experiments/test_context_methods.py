@@ -227,6 +227,9 @@ def test_rows_of_several_seeds_become_one():
     assert joined["edges"] == [1, 2]
     with pytest.raises(ValueError, match="seeds disagree on 'a'"):
         methods.merged([row(1.0, extra="a"), row(1.0, extra="b")])
+    assert "extra" in methods.merged([row(1.0, extra=None), row(1.0)])
+    with pytest.raises(ValueError, match="lack 'extra'"):
+        methods.merged([row(1.0), row(1.0, extra=record.sample([1.0]))])
 
 
 def test_chance_and_empty_buckets_of_seeds_join():
