@@ -205,7 +205,8 @@ GIRAFFE = (
     "power 0.1, tuned", "power 0.5, tuned", "truncated, tuned", "randomised, tuned", "xPos, tuned",
 )  # fmt: skip
 CLEX = (
-    *BASELINES, "dynamic NTK", "rope, tuned at 256", "linear 4, tuned at 256",
+    *BASELINES, "dynamic NTK", "rope, tuned at 256", "rope, tuned at 256, rate for 256",
+    "linear 4, tuned at 256",
     "random positions at 256", "CLEX, analytic field only", "CLEX",
 )  # fmt: skip
 QWEN = (
