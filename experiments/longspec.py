@@ -201,11 +201,14 @@ def run(s: Settings) -> list[dict[str, Any]]:
     """All drafts and rivals on all seeds.
 
     Raises:
-        ValueError: see :func:`load_drafts`, an unknown policy, or a corpus that is too small.
+        ValueError: see :func:`load_drafts`, other policies without a draft, an unknown policy, or
+            a corpus that is too small.
     """
     model = load(s.model)
     policies = {name: make_policy(name, model.cfg) for name in (s.policy, *s.others)}
     drafts = load_drafts(s, model)
+    if s.others and not drafts:
+        raise ValueError("--others is for the first of --drafts: name one, as METHOD=DIR.")
     text = model.tokenizer.encode(read_text(s.corpus))
     prompts = {
         seed: load_prompts(

@@ -102,6 +102,11 @@ def test_agreement_by_hand() -> None:
     assert kept(nothing, -1) == 0.0
 
 
+def test_other_policies_without_a_draft_are_refused(folder: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match="--others is for the first of --drafts"):
+        experiment.run(settings(folder, ()))
+
+
 @pytest.mark.parametrize("draft", ["full", "best=folder", "full="])
 def test_drafts_are_named_by_method(folder: pathlib.Path, model: Model, draft: str) -> None:
     with pytest.raises(ValueError, match="write METHOD=DIR, of full, no-offset"):
