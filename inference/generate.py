@@ -87,7 +87,7 @@ def stream(
 
     Returns:
         The generation; seconds until the first tokens (compilation and prefill included); and
-        tokens per second after that.
+        tokens per second after that, 0 if there were none.
     """
     decoder, shown, first, begin = tokenizer.stream(), 0, 0.0, time.perf_counter()
     decoder.push(prompt)  # how a piece is written may depend on what stands before it
@@ -121,10 +121,11 @@ def report(generation: Generation, first: float, rate: float) -> str:
     emitted, rounds, drafted, accepted = (
         int(np.sum(x)) for x in (stats.emitted, stats.rounds, stats.drafted, stats.accepted)
     )
+    then = f"then {rate:.1f} tokens per second" if rate else "which were all"
     return (
         f"{emitted} tokens in {rounds} target passes ({generation.tokens_per_pass:.2f} per pass); "
         f"drafted {drafted}, of which right {accepted}. First tokens after {first:.2f} s "
-        f"(compilation and prefill included), then {rate:.1f} tokens per second."
+        f"(compilation and prefill included), {then}."
     )
 
 

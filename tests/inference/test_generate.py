@@ -54,6 +54,8 @@ def test_text_arrives_in_pieces_that_join_to_the_whole(folder):
     assert sum(bool(piece) for piece in pieces) >= 2
     assert first > 0 and rate > 0
     assert f"{len(generation.tokens[0])} tokens in" in generate.report(generation, first, rate)
+    assert generate.report(generation, 1.0, 2.5).endswith("included), then 2.5 tokens per second.")
+    assert generate.report(generation, 1.0, 0.0).endswith("included), which were all.")
 
 
 def test_the_seed_decides_sampled_text(folder, capsys):
