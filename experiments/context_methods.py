@@ -23,7 +23,6 @@ import concurrent.futures
 import dataclasses
 import json
 import pathlib
-import statistics as stats
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -243,7 +242,7 @@ def merged(parts: Sequence[Any]) -> Any:
         joined = {key: merged([part.get(key) for part in parts]) for key in keys}
         # That of the seeds' own prompts, which differ.
         chance = [part["chance"] for part in parts if "chance" in part]
-        return joined | ({"chance": stats.fmean(chance)} if chance else {})
+        return joined | ({"chance": record.sample(chance)["mean"]} if chance else {})
     if isinstance(first, list):
         return [merged(list(items)) for items in zip(*parts, strict=True)]
     if any(part != first for part in parts):

@@ -189,7 +189,8 @@ def test_a_result_is_extended_by_seeds(tmp_path: pathlib.Path, monkeypatch: pyte
     monkeypatch.setattr(methods, "policies_of", lambda *_: {"dense": "dense"})
     commands: list[Any] = []
     monkeypatch.setattr(methods, "in_parallel", lambda words, *_: commands.extend(words))
-    with pytest.raises(ValueError):  # The evaluation, which is not run here, would write the rows.
+    # The evaluation, which is not run here, would write the rows of the second seed.
+    with pytest.raises(ValueError, match=r"zip\(\) argument 2 is shorter"):
         methods.run(given)
     # The rate that the first seed chose is what the second is trained with.
     assert trained == [("linear", RATES["linear"]["best"], 1)]
